@@ -1,0 +1,200 @@
+"""The fused vocabulary loss: projection, cross-entropy and symmetric KL in chunks, gradients made in the forward.
+
+The scale of every term is known before the forward (counts come from the batch), so the gradient of the logits
+can be formed while a chunk is at hand and the logits of the whole batch never exist. For a pair of
+distributions p, q with log-probabilities a, b and d = a - b:
+
+    J = KL(p||q) + KL(q||p) = E_p[d] - E_q[d]
+    dJ/da = p (d - E_p[d]) + p - q          dJ/db = -q (d - E_q[d]) - p + q
+
+so K streams that are compared pairwise need, per row, the K x K matrix H = p log(p)^T and two K x K mixes.
+
+Shapes: R rows, D width, V vocabulary, T cross-entropy terms, P tuples, K streams in a tuple, Q stream pairs,
+C tuples in a chunk.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_ROWS = 192
+
+
+def vocab_loss(
+    h_RD: Tensor,
+    weight_VD: Tensor,
+    target_R: Tensor,
+    term_R: Tensor,
+    tuple_PK: Tensor,
+    ce_scale: Sequence[float],
+    kl_pairs: Sequence[tuple[int, int]] = (),
+    kl_scale: Sequence[float] = (),
+    label_smoothing: float = 0.0,
+    bias_V: Tensor | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled sum of cross-entropies over rows and symmetric KLs over tuples of rows.
+
+    Args:
+        h_RD: hidden states of the rows that carry a loss.
+        weight_VD, bias_V: the vocabulary projection, logits = h weight^T + bias.
+        target_R: int64, the right token of each row.
+        term_R: int64, which cross-entropy term (index into `ce_scale`) the row belongs to.
+        tuple_PK: int64, rows that predict the same token in K streams; a row occurs at most once. May be empty.
+        ce_scale: factor of each cross-entropy term in the total.
+        kl_pairs, kl_scale: pairs of streams (columns of `tuple_PK`) and the factor of each symmetric KL.
+        label_smoothing: mass spread uniformly over all V, the target included.
+        chunk_rows: rows whose logits exist at one time.
+
+    Returns:
+        total: differentiable scalar = sum of scale * term.
+        ce_T: detached sum of each cross-entropy term; kl_Q: detached sum of half the two KL directions.
+    """
+    terms = _Terms(tuple(ce_scale), tuple(kl_pairs), tuple(kl_scale), label_smoothing, chunk_rows)
+    total, ce_T, kl_Q = _VocabLoss.apply(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK, terms)
+    return total, ce_T, kl_Q
+
+
+class _Terms(NamedTuple):
+    ce_scale: tuple[float, ...]
+    kl_pairs: tuple[tuple[int, int], ...]
+    kl_scale: tuple[float, ...]
+    label_smoothing: float
+    chunk_rows: int
+
+
+class _VocabLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        h_RD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_R: Tensor,
+        term_R: Tensor,
+        tuple_PK: Tensor,
+        terms: _Terms,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        work = _Accumulator(h_RD, weight_VD, bias_V, target_R, term_R, terms, any(ctx.needs_input_grad[:3]))
+        streams = tuple_PK.shape[1] if tuple_PK.numel() else 1
+        plain_R = torch.ones(len(h_RD), dtype=torch.bool, device=h_RD.device)
+        plain_R[tuple_PK.reshape(-1)] = False
+        if tuple_PK.numel():
+            for rows_CK in tuple_PK.split(max(1, terms.chunk_rows // streams)):
+                work.add(rows_CK, terms.kl_pairs)
+        for rows_C in plain_R.nonzero().squeeze(1).split(terms.chunk_rows):
+            work.add(rows_C[:, None], ())
+        ctx.save_for_backward(*work.gradients())
+        ce_T, kl_Q = work.ce_T, work.kl_Q
+        total = (ce_T * ce_T.new_tensor(terms.ce_scale)).sum() + (kl_Q * kl_Q.new_tensor(terms.kl_scale)).sum()
+        ctx.mark_non_differentiable(ce_T, kl_Q)
+        return total, ce_T, kl_Q
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The upstream factor (1, or a dynamic loss scale) multiplies what the forward made."""
+        made: list[Tensor | None] = [None, None, None]
+        for index, saved in enumerate(ctx.saved_tensors):
+            if ctx.needs_input_grad[index]:
+                made[index] = saved * grads[0].to(saved.dtype)
+        return (*made, None, None, None, None)
+
+
+class _Accumulator:
+    """Sums and gradients over the chunks of one call."""
+
+    def __init__(
+        self,
+        h_RD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_R: Tensor,
+        term_R: Tensor,
+        terms: _Terms,
+        with_grad: bool,
+    ) -> None:
+        self.h_RD, self.weight_VD, self.bias_V = h_RD, weight_VD, bias_V
+        self.target_R, self.term_R, self.terms = target_R, term_R, terms
+        half = h_RD.dtype in (torch.float16, torch.bfloat16)
+        self.dtype = torch.float32 if half else h_RD.dtype
+        # Scaled gradients of fp16 rows underflow before the loss scale is applied: they wait in fp32.
+        kept = torch.float32 if h_RD.dtype == torch.float16 else h_RD.dtype
+        self.ce_scale_T = torch.tensor(terms.ce_scale, dtype=self.dtype, device=h_RD.device)
+        self.ce_T = torch.zeros_like(self.ce_scale_T)
+        self.kl_Q = self.ce_T.new_zeros(len(terms.kl_pairs))
+        self.dh_RD = torch.zeros_like(h_RD, dtype=kept) if with_grad else None
+        self.dweight_VD = torch.zeros_like(weight_VD, dtype=self.dtype) if with_grad else None
+        self.dbias_V = torch.zeros_like(bias_V, dtype=self.dtype) if with_grad and bias_V is not None else None
+
+    def gradients(self) -> list[Tensor]:
+        return [made for made in (self.dh_RD, self.dweight_VD, self.dbias_V) if made is not None]
+
+    def add(self, rows_CK: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        """Adds the cross-entropy of every row and the KL of every pair of columns."""
+        chunk, streams = rows_CK.shape
+        rows_N = rows_CK.reshape(-1)
+        h_ND = self.h_RD[rows_N]
+        logits_NV = h_ND @ self.weight_VD.T
+        if self.bias_V is not None:
+            logits_NV += self.bias_V
+        logp_NV = logits_NV.to(self.dtype)
+        logp_NV = logp_NV.sub_(logp_NV.logsumexp(dim=1, keepdim=True))
+        target_N1, term_N = self.target_R[rows_N, None], self.term_R[rows_N]
+        smoothing = self.terms.label_smoothing
+        ce_N = logp_NV.gather(1, target_N1).squeeze(1) * -(1.0 - smoothing)
+        if smoothing:
+            ce_N -= smoothing * logp_NV.mean(dim=1)
+        self.ce_T.index_add_(0, term_N, ce_N)
+        if self.dh_RD is None and not pairs:
+            return
+
+        p_NV = logp_NV.exp()
+        ce_scale_N1 = self.ce_scale_T[term_N, None]
+        if pairs:
+            const_N1 = ce_scale_N1.clone()
+            grad_NV = self._pairs(p_NV, logp_NV, const_N1, chunk, streams, pairs)
+        else:
+            grad_NV = p_NV.mul_(ce_scale_N1)
+        if self.dh_RD is None or self.dweight_VD is None:
+            return
+        if smoothing:
+            grad_NV -= ce_scale_N1 * (smoothing / grad_NV.shape[1])
+        grad_NV.scatter_add_(1, target_N1, ce_scale_N1 * -(1.0 - smoothing))
+        low_NV = grad_NV.to(self.weight_VD.dtype)
+        self.dh_RD[rows_N] = (low_NV @ self.weight_VD).to(self.dh_RD.dtype)
+        if self.dweight_VD.dtype == low_NV.dtype:
+            self.dweight_VD.addmm_(low_NV.T, h_ND)
+        else:
+            self.dweight_VD += low_NV.T @ h_ND
+        if self.dbias_V is not None:
+            self.dbias_V += grad_NV.sum(dim=0)
+
+    def _pairs(
+        self,
+        p_NV: Tensor,
+        logp_NV: Tensor,
+        const_N1: Tensor,
+        chunk: int,
+        streams: int,
+        pairs: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """Adds the KLs; returns d total / d logits without the target and smoothing parts."""
+        p_CKV, logp_CKV = (x.view(chunk, streams, -1) for x in (p_NV, logp_NV))
+        entropy_CKK = p_CKV @ logp_CKV.transpose(1, 2)
+        const_CK = const_N1.view(chunk, streams)
+        mix_logp_KK, mix_p_KK = (entropy_CKK.new_zeros(streams, streams) for _ in range(2))
+        for index, (a, b) in enumerate(pairs):
+            scale = 0.5 * self.terms.kl_scale[index]
+            forward_C = entropy_CKK[:, a, a] - entropy_CKK[:, a, b]
+            backward_C = entropy_CKK[:, b, b] - entropy_CKK[:, b, a]
+            self.kl_Q[index] += 0.5 * (forward_C.sum() + backward_C.sum())
+            for one, other, expected_C in ((a, b, forward_C), (b, a, backward_C)):
+                mix_logp_KK[one, one] += scale
+                mix_logp_KK[one, other] -= scale
+                mix_p_KK[one, other] -= scale
+                const_CK[:, one] += scale * (1.0 - expected_C)
+        grad_CKV = torch.matmul(mix_logp_KK, logp_CKV).add_(const_CK[:, :, None]).mul_(p_CKV)
+        grad_CKV += torch.matmul(mix_p_KK, p_CKV)
+        return grad_CKV.view(chunk * streams, -1)

@@ -1,0 +1,309 @@
+"""Configuration: one YAML, an optional single `base:`, dotted `key=value` overrides, read once.
+
+`load` returns a frozen `RunConfig`. An unknown key is an error that names the nearest valid one, types and
+ranges are checked on load, and components receive plain values from here, never this object.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pretrain.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1_000_000
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of every configuration section: immutable, closed, no coercion of strings into numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_sections(cls, values: Any) -> Any:
+        """A section given in part keeps this owner's defaults for the rest."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for name, field in cls.model_fields.items():
+            if isinstance(field.default, Section) and isinstance(values.get(name), dict):
+                values[name] = {**field.default.model_dump(), **values[name]}
+        return values
+
+
+class ModelConfig(Section):
+    """Shape of the encoder-decoder. `vocab_size: null` takes the size of the data's tokenizer."""
+
+    vocab_size: int | None = Field(None, ge=8)
+    d_model: int = Field(256, ge=8)
+    encoder_layers: int = Field(3, ge=1)
+    decoder_layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    ffn_dim: int = Field(1024, ge=8)
+    activation: Literal["gelu", "relu"] = "gelu"
+    norm: Literal["post", "pre"] = "post"
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    max_positions: int = Field(1024, ge=8)
+    embed_scale: bool = False
+    embed_norm: bool = True
+    logits_bias: bool = False
+    dropout: Rate = 0.1
+    attention_dropout: Rate = 0.1
+    activation_dropout: Rate = 0.0
+    length_classes: int = Field(256, ge=2)
+    init_std: Positive = 0.02
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ModelConfig":
+        if self.d_model % self.heads:
+            raise ValueError(f"`d_model` must be a multiple of `heads` ({self.heads}), got {self.d_model}")
+        return self
+
+
+class DataConfig(Section):
+    """A folder written by `prepare`; `weights` blends its sources (absent: in proportion to their size)."""
+
+    path: str
+    weights: dict[str, Annotated[float, Field(ge=0.0)]] | None = None
+    workers: int = Field(1, ge=0, le=64)
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+
+
+class BatchConfig(Section):
+    """Global batch of one update, in samples or in target tokens; micro-batches are derived."""
+
+    samples: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1)
+    micro_max_tokens: int = Field(4096, ge=16)
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> "BatchConfig":
+        if (self.samples is None) == (self.tokens is None):
+            raise ValueError("give exactly one of `samples` and `tokens`")
+        return self
+
+
+class OptimConfig(Section):
+    """Adam with decoupled weight decay, warm-up and a schedule over `train.steps`."""
+
+    lr: Positive = 5e-4
+    betas: tuple[Rate, Rate] = (0.9, 0.98)
+    eps: Positive = 1e-8
+    weight_decay: float = Field(0.01, ge=0.0)
+    clip: float = Field(1.0, ge=0.0, description="global gradient norm, 0 = no clipping")
+    schedule: Literal["inverse_sqrt", "polynomial", "cosine", "constant"] = "inverse_sqrt"
+    warmup: int = Field(0, ge=0)
+    end_lr: float = Field(0.0, ge=0.0)
+    power: Positive = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_is_a_pair(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("betas"), list):
+            values = {**values, "betas": tuple(values["betas"])}
+        return values
+
+
+class EngineConfig(Section):
+    """How the update is computed: by DeepSpeed (ZeRO 0-3) or by plain torch (`local`)."""
+
+    kind: Literal["deepspeed", "local"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "optimizer", "all"] = "none"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    activation_checkpointing: bool = False
+    backend: Literal["auto", "torch", "cuda"] = "auto"
+
+
+class TrainConfig(Section):
+    """Length of the run and the rhythm of everything periodic, in updates (0 = never)."""
+
+    steps: int = Field(1000, ge=1)
+    log_every: int = Field(10, ge=1)
+    validate_every: int = Field(0, ge=0)
+    validate_batches: int = Field(4, ge=1)
+    sample_every: int = Field(0, ge=0)
+    save_every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1, description="committed checkpoints kept")
+    resume: Literal["auto", "never"] = "auto"
+
+
+class RunConfig(Section):
+    """Everything `python -m pretrain train` needs; saved into the run folder as `config.yaml`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    runs: str = "runs"
+    seed: int = Field(1, ge=0, lt=2**31)
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    objective: dict[str, Any]
+    batch: BatchConfig
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) -> SectionT:
+    """Reads `path`, merges its optional `base:` below it and `overrides` above it, and validates.
+
+    Args:
+        kind: the section class to build, for example `RunConfig`.
+        path: a YAML file; `base:` in it is relative to its folder and may not have a base of its own.
+        overrides: `dotted.key=value` strings; the value is YAML (`optim.lr=1e-4`, `batch.tokens=null`).
+
+    Raises:
+        ConfigError: naming the file, the key, what it must be and what it was.
+    """
+    values = read_yaml(path)
+    base = values.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: `base` must be a file name, got {base!r}")
+        below = read_yaml(Path(path).parent / base)
+        if "base" in below:
+            raise ConfigError(f"{path}: `base` ({base}) must not have a `base` itself")
+        values = _merge(below, values)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override `{override}` must look like key=value")
+        _assign(values, key, parse_scalar(text, where=f"override `{override}`"))
+    return validate(kind, values, where=str(path))
+
+
+def validate(kind: type[SectionT], values: Any, where: str) -> SectionT:
+    """Builds `kind` from plain `values`; raises `ConfigError` with every problem on one line."""
+    try:
+        return kind.model_validate(_ints_as_floats(kind, values))
+    except ValidationError as error:
+        problems = "; ".join(_explain(kind, values, dict(one)) for one in error.errors()[:5])
+        raise ConfigError(f"{where}: {problems}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Parses a YAML mapping safely (no tags that run code, no duplicate keys, bounded size)."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config `{path}` cannot be read: {error}") from None
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"config `{path}` must be at most {MAX_CONFIG_BYTES} characters, got {len(text)}")
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config `{path}` is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config `{path}` must be a mapping of keys, got {type(values).__name__}")
+    return values
+
+
+def parse_scalar(text: str, where: str) -> Any:
+    """Parses the right-hand side of an override the way the YAML file itself is parsed."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def dump(config: BaseModel) -> str:
+    """The configuration as YAML text that `load` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and aliases and reads 1e-4 as a number."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases are not accepted")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"keys must be text, got {key!r}")
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key `{key}` appears twice")
+        return super().construct_mapping(node, deep)
+
+
+def _construct_number(loader: _StrictLoader, node: Any) -> Any:
+    # YAML 1.1 reads 1e-4 as text because it has no dot; people write learning rates that way.
+    text = loader.construct_scalar(node)
+    try:
+        return float(text) if node.style is None and "e" in text.lower() and text[0] in "+-.0123456789" else text
+    except ValueError:
+        return text
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:str", _construct_number)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override `{dotted}`: `{parent}` is a value, not a section")
+        values = inner
+    values[last] = value
+
+
+def _ints_as_floats(kind: type[BaseModel], values: Any) -> Any:
+    """Lets `lr: 1` mean 1.0; every other conversion stays an error because sections are strict."""
+    if not isinstance(values, dict):
+        return values
+    out = dict(values)
+    for name, field in kind.model_fields.items():
+        value = out.get(name)
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            out[name] = _ints_as_floats(section, value) if name in out else value
+            if name not in values:
+                out.pop(name)
+        elif isinstance(value, int) and not isinstance(value, bool) and section is float:
+            out[name] = float(value)
+    return out
+
+
+def _explain(kind: type[BaseModel], values: Any, problem: dict[str, Any]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    name = ".".join(path) or kind.__name__
+    if problem["type"] == "extra_forbidden":
+        section: Any = kind
+        for part in path[:-1]:
+            section = section.model_fields[part].annotation
+        near = difflib.get_close_matches(path[-1], list(section.model_fields), n=1, cutoff=0.4)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(section.model_fields)}"
+        return f"unknown key `{name}`; {hint}"
+    if problem["type"] == "missing":
+        return f"`{name}` is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if problem["type"] == "value_error":
+        return f"`{name}`: {message}"
+    return f"`{name}` {message.replace('input should', 'must')}, got {problem['input']!r}"

@@ -1,0 +1,131 @@
+"""The encoder-decoder that every objective and decoder shares: BART's weights, packed rows, two streams.
+
+Shapes: R rows, L rows with a use, M memory rows, B samples, D width, V vocabulary, N length classes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from parlance_kernels import resolve, vocab_loss
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.config import ModelConfig
+from pretrain.models.ids import SpecialIds
+from pretrain.models.layers import DecoderLayer, EncoderLayer, positions_table
+from pretrain.models.rows import DecoderRows, SourceRows
+
+
+class Stack(nn.Module):
+    """What encoder and decoder have in common: position table, embedding norm, layers, final norm in pre-norm."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.embed_positions = positions_table(config)
+        self.layernorm_embedding = nn.LayerNorm(config.d_model) if config.embed_norm else nn.Identity()
+        self.layers = nn.ModuleList(layers)
+        self.layer_norm = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def embed(self, token_RD: Tensor, positions_R: Tensor) -> Tensor:
+        """The input of the first layer."""
+        return self.dropout(self.layernorm_embedding(token_RD + self.embed_positions(positions_R)))
+
+
+@dataclass(frozen=True)
+class VocabTargets:
+    """What `vocab_loss` needs besides hidden states and weights; its docstring explains each field."""
+
+    target_R: Tensor
+    term_R: Tensor
+    tuple_PK: Tensor
+    ce_scale: Sequence[float]
+    kl_pairs: Sequence[tuple[int, int]] = ()
+    kl_scale: Sequence[float] = ()
+    label_smoothing: float = 0.0
+
+
+class VocabHead(nn.Module):
+    """The projection onto the vocabulary. Its weight is the token table, so gradients of both meet there."""
+
+    def __init__(self, shared: nn.Embedding, bias: bool) -> None:
+        super().__init__()
+        self.weight = shared.weight
+        self.register_buffer("bias_V", torch.zeros(shared.num_embeddings) if bias else None)
+
+    def forward(self, h_LD: Tensor, loss: VocabTargets | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Logits [L, V], or with `loss` the results of `vocab_loss` for these rows."""
+        if loss is None:
+            return F.linear(h_LD, self.weight, self.bias_V)
+        return vocab_loss(h_LD, self.weight, bias_V=self.bias_V, **vars(loss))
+
+
+class EncoderDecoder(nn.Module):
+    """Encoder, two-stream decoder, tied vocabulary head and length predictor.
+
+    Parameter names are those of Hugging Face's `BartModel`; `length_head.weight` is the only addition.
+
+    Args:
+        config: shape and dropout; `vocab_size` must be set.
+        ids: special tokens of the tokenizer the model belongs to.
+        activation_checkpointing: recompute each layer in the backward instead of keeping its activations.
+        backend: implementation of the operators, resolved once here.
+    """
+
+    def __init__(
+        self, config: ModelConfig, ids: SpecialIds, activation_checkpointing: bool = False, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("`model.vocab_size` must be set before a model is built, got None")
+        self.config, self.ids, self.checkpointing = config, ids, activation_checkpointing
+        self.backend = resolve(backend)
+        self.scale = math.sqrt(config.d_model) if config.embed_scale else 1.0
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, [EncoderLayer(config, self.backend) for _ in range(config.encoder_layers)])
+        self.decoder = Stack(config, [DecoderLayer(config, self.backend) for _ in range(config.decoder_layers)])
+        self.head = VocabHead(self.shared, config.logits_bias)
+        self.length_head = nn.Linear(config.d_model, config.length_classes, bias=False)
+        self.apply(self._initialise)
+        with torch.no_grad():
+            self.shared.weight[ids.pad].zero_()
+
+    def encode(self, source: SourceRows) -> Tensor:
+        """memory_MD, the encoder's output for every source row."""
+        x_RD = self.encoder.embed(self.shared(source.tokens_R) * self.scale, source.positions_R)
+        for layer in self.encoder.layers:
+            x_RD = self._run(layer, x_RD, source.mask)
+        return self.encoder.layer_norm(x_RD)
+
+    def decode(self, rows: DecoderRows, memory_MD: Tensor) -> Tensor:
+        """h_LD, the decoder's output at the rows that are used."""
+        x_RD = self.decoder.embed(self.shared(rows.tokens_R) * self.scale, rows.positions_R)
+        *inner, last = self.decoder.layers
+        for layer in inner:
+            x_RD = self._run(layer, x_RD, rows.n_keys, None, memory_MD, rows.self_mask, rows.cross_mask)
+        masks = rows.out_self_mask, rows.out_cross_mask
+        return self.decoder.layer_norm(self._run(last, x_RD, rows.n_keys, rows.out_L, memory_MD, *masks))
+
+    def logits(self, h_LD: Tensor) -> Tensor:
+        """[L, V] scores of the next or hidden token."""
+        return self.head(h_LD)
+
+    def length_logits(self, memory_MD: Tensor, source: SourceRows) -> Tensor:
+        """[B, N]: classes are target lengths with BOS and EOS, from the mean over each sample's source rows."""
+        sums_BD = memory_MD.new_zeros(source.n_samples, memory_MD.shape[1]).index_add(0, source.sample_R, memory_MD)
+        rows_B = torch.bincount(source.sample_R, minlength=source.n_samples)
+        return self.length_head(sums_BD / rows_B[:, None].to(sums_BD.dtype))
+
+    def _run(self, layer: nn.Module, *args: object) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

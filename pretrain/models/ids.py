@@ -1,0 +1,14 @@
+"""The special token ids that models and objectives need, as plain integers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of `<s>`, `<pad>`, `</s>`, `<mask>` and `<unk>` in the tokenizer at hand."""
+
+    bos: int
+    pad: int
+    eos: int
+    mask: int
+    unk: int

@@ -1,0 +1,42 @@
+"""The registry of objectives: a new one is its file, one line here, one YAML and one test."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from pretrain.config import Section, validate
+from pretrain.errors import ConfigError
+from pretrain.models.ids import SpecialIds
+from pretrain.objectives.base import Example, LossSums, Objective, ObjectiveModule, Preview
+from pretrain.objectives.cmlm import Cmlm, CmlmOptions
+from pretrain.objectives.denoise import Denoise, DenoiseOptions
+from pretrain.objectives.janus import Janus, JanusOptions
+
+__all__ = ["Example", "LossSums", "Objective", "ObjectiveModule", "Preview", "build"]
+
+REGISTRY: dict[str, tuple[type[Section], Callable[..., Objective]]] = {
+    "janus": (JanusOptions, Janus),
+    "cmlm": (CmlmOptions, Cmlm),
+    "denoise": (DenoiseOptions, Denoise),
+}
+
+
+def build(
+    options: Mapping[str, Any], ids: SpecialIds, word_starts: np.ndarray | None, length_classes: int
+) -> Objective:
+    """Makes the objective that `options["name"]` names.
+
+    Args:
+        options: the `objective` section of a configuration.
+        word_starts: bool [vocabulary], True where a token begins a word; None if the tokenizer cannot tell.
+        length_classes: classes of the model's length predictor; longer targets fall into the last.
+
+    Raises:
+        ConfigError: if the name or an option is unknown or out of range.
+    """
+    name = options.get("name")
+    if name not in REGISTRY:
+        raise ConfigError(f"`objective.name` must be one of {', '.join(REGISTRY)}, got {name!r}")
+    kind, make = REGISTRY[name]
+    return make(validate(kind, dict(options), where="objective"), ids, word_starts, length_classes)

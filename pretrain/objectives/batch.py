@@ -1,0 +1,156 @@
+"""The packed micro-batch that the token objectives share, its loss and its preview.
+
+Shapes: R rows, L rows with a loss, P tuples, K streams, B samples, T target tokens of all samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.models import DecoderRows, SourceRows, Stream, VocabTargets, pack_streams
+from pretrain.models.rows import to_device
+from pretrain.objectives.base import Example, LossSums, Preview
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One forward's worth of rows.
+
+    target_L, term_L: right token and cross-entropy term of each used row. tuple_PK: rows of the K streams that
+    predict the same masked token. length_B: length class of each sample. target_T: all targets, `n_target` a sample.
+    row_position_L: index into the sample's target; row_sample_L: the sample, both for previews.
+    term_counts: used rows of each term.
+    """
+
+    source: SourceRows
+    rows: DecoderRows
+    target_L: Tensor
+    term_L: Tensor
+    tuple_PK: Tensor
+    length_B: Tensor
+    target_T: Tensor
+    n_target: tuple[int, ...]
+    row_sample_L: Tensor
+    row_position_L: Tensor
+    term_counts: tuple[int, ...]
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.n_target)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.n_target)
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        moved = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, source=to_device(self.source, device), rows=to_device(self.rows, device), **moved)
+
+
+@dataclass(frozen=True)
+class SampleStreams:
+    """The streams of one sample. aligned: for each stream, the used-row indices that predict the masked tokens."""
+
+    streams: list[Stream]
+    positions: list[np.ndarray]
+    aligned: list[tuple[Stream, np.ndarray]]
+
+
+def pack_batch(
+    examples: Sequence[Example],
+    samples: Sequence[SampleStreams],
+    source: SourceRows,
+    terms: int,
+    tuple_width: int,
+    length_classes: int,
+) -> TokenBatch:
+    """Packs the streams of every sample; `source` holds the encoder rows their memory ranges point into."""
+    streams = [stream for sample in samples for stream in sample.streams]
+    rows, target_L, term_L = pack_streams(streams, source.mask.n_rows)
+    used = len(target_L)
+    row_sample, row_position = np.zeros(used, np.int64), np.zeros(used, np.int64)
+    tuples = [np.empty((0, tuple_width), np.int64)]
+    for index, sample in enumerate(samples):
+        for stream, positions in zip(sample.streams, sample.positions, strict=True):
+            where = slice(stream.out_start, stream.out_start + len(stream.targets))
+            row_sample[where], row_position[where] = index, positions
+        if len(sample.aligned) > 1:
+            tuples.append(np.stack([stream.out_start + at for stream, at in sample.aligned], axis=1))
+    n_target = tuple(len(example.target) for example in examples)
+    return TokenBatch(
+        source=source,
+        rows=rows,
+        target_L=target_L,
+        term_L=term_L,
+        tuple_PK=torch.from_numpy(np.concatenate(tuples)),
+        length_B=torch.tensor(n_target, dtype=torch.int64).clamp(max=length_classes - 1),
+        target_T=torch.from_numpy(np.concatenate([*(e.target for e in examples), np.empty(0, np.int64)])),
+        n_target=n_target,
+        row_sample_L=torch.from_numpy(row_sample),
+        row_position_L=torch.from_numpy(row_position),
+        term_counts=tuple(torch.bincount(term_L, minlength=terms).tolist()),
+    )
+
+
+def packed_losses(
+    model: nn.Module,
+    batch: TokenBatch,
+    scale: Mapping[str, float],
+    ce_terms: Sequence[str],
+    kl_terms: Mapping[str, tuple[int, int]],
+    label_smoothing: float,
+    length_smoothing: float = 0.0,
+) -> tuple[Tensor, LossSums]:
+    """Encoder, decoder, fused vocabulary loss and length loss of a packed batch.
+
+    ce_terms: names of the cross-entropy terms in the order of `term_L`; kl_terms: name -> columns of `tuple_PK`.
+    A `length` entry in `scale` other than 0 trains the length head; it runs in any case, so that every rank
+    calls the same modules.
+    """
+    memory_MD = model.encode(batch.source)
+    h_LD = model.decode(batch.rows, memory_MD)
+    loss = VocabTargets(
+        target_R=batch.target_L,
+        term_R=batch.term_L,
+        tuple_PK=batch.tuple_PK,
+        ce_scale=[scale[name] for name in ce_terms],
+        kl_pairs=list(kl_terms.values()),
+        kl_scale=[scale[name] for name in kl_terms],
+        label_smoothing=label_smoothing,
+    )
+    total, ce_T, kl_Q = model.head(h_LD, loss)
+    sums: LossSums = dict(zip((*ce_terms, *kl_terms), (*ce_T, *kl_Q), strict=True))
+    # With the encoder run twice, the second half of the source rows belongs to the NAR and AUX pass.
+    length_BN = model.length_logits(memory_MD, batch.source)[-batch.n_samples or len(memory_MD) :]
+    length_sum = F.cross_entropy(
+        length_BN.to(total.dtype), batch.length_B, reduction="sum", label_smoothing=length_smoothing
+    )
+    sums["length"] = length_sum.detach()
+    return total + scale["length"] * length_sum, sums
+
+
+@torch.no_grad()
+def previews(model: nn.Module, batch: TokenBatch, modes: Sequence[str], limit: int) -> list[Preview]:
+    """What each term's rows predict in one step: argmax tokens put in place of the targets they stand for.
+
+    modes: name of each cross-entropy term. Rows of `ar` see the true past, rows of `nar` the visible tokens.
+    """
+    h_LD = model.decode(batch.rows, model.encode(batch.source))
+    predicted_L = torch.cat([model.logits(part).argmax(dim=1) for part in h_LD.split(256)])
+    starts = np.cumsum(batch.n_target) - batch.n_target
+    found = []
+    for sample in range(min(limit, batch.n_samples)):
+        target = batch.target_T[starts[sample] : starts[sample] + batch.n_target[sample]]
+        first, rows = batch.source.memory_range(sample)
+        filled = {}
+        for term, mode in enumerate(modes):
+            mine = (batch.row_sample_L == sample) & (batch.term_L == term)
+            if bool(mine.any()):
+                filled[mode] = target.clone().index_put_((batch.row_position_L[mine],), predicted_L[mine]).tolist()
+        source = batch.source.tokens_R[first : first + rows].tolist()
+        found.append(Preview(source, target.tolist(), filled))
+    return found

@@ -1,0 +1,70 @@
+"""How a clean text becomes an encoder input and a set of hidden decoder positions.
+
+Spans are hidden in the decoder; each of them also collapses to one MASK in the encoder with probability
+encoder_ratio / decoder_ratio, so the decoder hides a superset of the encoder (JANUS, section 3.3, Fig. 3).
+"""
+
+import numpy as np
+from pydantic import model_validator
+
+from pretrain.config import Fraction, Positive, Section
+from pretrain.models.ids import SpecialIds
+from pretrain.objectives import spans
+from pretrain.objectives.base import Example
+
+
+class Corruption(Section):
+    """encoder_ratio, decoder_ratio: share of tokens (or words) hidden on each side. mean_span: Poisson mean.
+
+    exact: disjoint spans that reach the ratio; false: the released sampler, whose overlaps hide less.
+    whole_words: spans begin and end at words. insertions: zero-length spans insert a MASK in the encoder (BART).
+    """
+
+    encoder_ratio: Fraction = 0.3
+    decoder_ratio: Fraction = 0.5
+    mean_span: Positive = 2.0
+    exact: bool = True
+    whole_words: bool = False
+    insertions: bool = False
+
+    @model_validator(mode="after")
+    def _decoder_hides_more(self) -> "Corruption":
+        if self.encoder_ratio > self.decoder_ratio:
+            raise ValueError(
+                f"`encoder_ratio` must be at most `decoder_ratio` ({self.decoder_ratio}), got {self.encoder_ratio}"
+            )
+        return self
+
+
+def corrupt_text(
+    tokens: np.ndarray,
+    options: Corruption,
+    ids: SpecialIds,
+    word_starts: np.ndarray | None,
+    rng: np.random.Generator,
+) -> Example:
+    """Example of a text without special ids: source with some spans collapsed, target with the masked positions.
+
+    tokens: int [N]. word_starts: bool [vocabulary], needed for `whole_words`.
+    """
+    tokens = tokens.astype(np.int64)
+    draw = spans.disjoint_spans if options.exact else spans.released_spans
+    if options.whole_words:
+        if word_starts is None:
+            raise ValueError("`whole_words` needs a tokenizer that marks word starts, got none")
+        begins = word_starts[tokens]
+        begins[:1] = True
+        drawn = draw(int(begins.sum()), options.decoder_ratio, options.mean_span, rng)
+        hidden = spans.in_words(drawn, begins)
+    else:
+        hidden = draw(len(tokens), options.decoder_ratio, options.mean_span, rng)
+    share = options.encoder_ratio / options.decoder_ratio if options.decoder_ratio else 0.0
+    both = rng.random(len(hidden.starts)) < share
+    if not options.insertions:
+        both &= hidden.lengths > 0
+    collapsed = spans.infill(tokens, spans.Spans(hidden.starts[both], hidden.lengths[both]), ids.mask)
+    return Example(_enclose(collapsed, ids), _enclose(tokens, ids), hidden.indices() + 1)
+
+
+def _enclose(tokens: np.ndarray, ids: SpecialIds) -> np.ndarray:
+    return np.concatenate([[ids.bos], tokens, [ids.eos]])

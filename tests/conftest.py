@@ -1,0 +1,27 @@
+"""What every test shares: where real data lies, quiet threads, and fresh memory poisoned with NaN."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder of real data, from PARLANCE_TEST_DATA (default ../shared/data); tests skip where it is absent."""
+    folder = Path(os.environ.get("PARLANCE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}: set PARLANCE_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Makes torch.empty return NaN, so that a kernel that reads what it never wrote is caught."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
