@@ -25,3 +25,7 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-goldens", action="store_true", help="write tests/goldens/ anew")

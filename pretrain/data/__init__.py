@@ -1,0 +1,1 @@
+"""Text to shards (`prepare`), shards to samples (`dataset`, `order`), samples to batches (`plan`, `stream`)."""

@@ -40,15 +40,20 @@ def poisson_lengths(budget: int, mean: float, rng: np.random.Generator) -> np.nd
 def disjoint_spans(n: int, ratio: float, mean: float, rng: np.random.Generator) -> Spans:
     """Spans that hide exactly round(ratio * n) of n positions without overlap.
 
-    The rest is spread over the gaps uniformly: every arrangement of these lengths is equally likely.
+    The rest is spread over the gaps at random on a ring that is then cut anywhere, so that every position is
+    hidden equally often; a span across the cut becomes two.
     """
     budget = min(n, round(ratio * n))
     lengths = poisson_lengths(budget, mean, rng)
     free, count = n - budget, len(lengths)
     slots = np.sort(rng.permutation(free + count)[:count])
-    before = slots - np.arange(count)
-    starts = before + np.cumsum(lengths) - lengths
-    return Spans(starts, lengths)
+    starts = slots - np.arange(count) + np.cumsum(lengths) - lengths
+    starts = (starts + rng.integers(n)) % n if n else starts
+    beyond = np.maximum(starts + lengths - n, 0)
+    cut = beyond > 0
+    starts, lengths = np.append(starts, np.zeros(cut.sum(), np.int64)), np.append(lengths - beyond, beyond[cut])
+    order = np.argsort(starts, kind="stable")
+    return Spans(starts[order], lengths[order])
 
 
 def released_spans(n: int, ratio: float, mean: float, rng: np.random.Generator) -> Spans:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 192
+CHUNK_ROWS = 288
 
 
 def vocab_loss(
@@ -86,7 +86,8 @@ class _VocabLoss(torch.autograd.Function):
                 work.add(rows_CK, terms.kl_pairs)
         for rows_C in plain_R.nonzero().squeeze(1).split(terms.chunk_rows):
             work.add(rows_C[:, None], ())
-        ctx.save_for_backward(*work.gradients())
+        # Not save_for_backward: these are results, to be scaled in place and handed over without a second copy.
+        ctx.made = work.gradients()
         ce_T, kl_Q = work.ce_T, work.kl_Q
         total = (ce_T * ce_T.new_tensor(terms.ce_scale)).sum() + (kl_Q * kl_Q.new_tensor(terms.kl_scale)).sum()
         ctx.mark_non_differentiable(ce_T, kl_Q)
@@ -95,11 +96,12 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The upstream factor (1, or a dynamic loss scale) multiplies what the forward made."""
-        made: list[Tensor | None] = [None, None, None]
-        for index, saved in enumerate(ctx.saved_tensors):
-            if ctx.needs_input_grad[index]:
-                made[index] = saved * grads[0].to(saved.dtype)
-        return (*made, None, None, None, None)
+        made, ctx.made = ctx.made, None
+        if made is None:
+            raise RuntimeError("vocab_loss: backward must run once, its gradients are already handed over")
+        scaled = [None if grad is None else grad.mul_(grads[0].to(grad.dtype)) for grad in made]
+        wanted = [grad if needed else None for grad, needed in zip(scaled, ctx.needs_input_grad, strict=False)]
+        return (*wanted, None, None, None, None)
 
 
 class _Accumulator:
@@ -128,8 +130,9 @@ class _Accumulator:
         self.dweight_VD = torch.zeros_like(weight_VD, dtype=self.dtype) if with_grad else None
         self.dbias_V = torch.zeros_like(bias_V, dtype=self.dtype) if with_grad and bias_V is not None else None
 
-    def gradients(self) -> list[Tensor]:
-        return [made for made in (self.dh_RD, self.dweight_VD, self.dbias_V) if made is not None]
+    def gradients(self) -> list[Tensor | None]:
+        """d total / d (h, weight, bias), in the order of the operator's first arguments."""
+        return [self.dh_RD, self.dweight_VD, self.dbias_V]
 
     def add(self, rows_CK: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         """Adds the cross-entropy of every row and the KL of every pair of columns."""
@@ -139,8 +142,12 @@ class _Accumulator:
         logits_NV = h_ND @ self.weight_VD.T
         if self.bias_V is not None:
             logits_NV += self.bias_V
+        # One exponential serves both the normaliser and the probabilities.
         logp_NV = logits_NV.to(self.dtype)
-        logp_NV = logp_NV.sub_(logp_NV.logsumexp(dim=1, keepdim=True))
+        logp_NV -= logp_NV.amax(dim=1, keepdim=True)
+        p_NV = logp_NV.exp()
+        sum_N1 = p_NV.sum(dim=1, keepdim=True)
+        logp_NV -= sum_N1.log()
         target_N1, term_N = self.target_R[rows_N, None], self.term_R[rows_N]
         smoothing = self.terms.label_smoothing
         ce_N = logp_NV.gather(1, target_N1).squeeze(1) * -(1.0 - smoothing)
@@ -150,7 +157,7 @@ class _Accumulator:
         if self.dh_RD is None and not pairs:
             return
 
-        p_NV = logp_NV.exp()
+        p_NV /= sum_N1
         ce_scale_N1 = self.ce_scale_T[term_N, None]
         if pairs:
             const_N1 = ce_scale_N1.clone()
@@ -196,5 +203,5 @@ class _Accumulator:
                 mix_p_KK[one, other] -= scale
                 const_CK[:, one] += scale * (1.0 - expected_C)
         grad_CKV = torch.matmul(mix_logp_KK, logp_CKV).add_(const_CK[:, :, None]).mul_(p_CKV)
-        grad_CKV += torch.matmul(mix_p_KK, p_CKV)
+        grad_CKV.baddbmm_(mix_p_KK.expand(chunk, -1, -1), p_CKV)
         return grad_CKV.view(chunk * streams, -1)

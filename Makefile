@@ -1,0 +1,38 @@
+# Every target sets up what it needs in .venv inside the checkout; a bare machine with Python 3.11 is enough.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed-$(shell cksum setup.py pyproject.toml | cksum | cut -d' ' -f1)
+
+.PHONY: install quickstart test check bench test-slow goldens clean
+
+install: $(STAMP)
+$(STAMP): setup.py pyproject.toml
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade "pip>=23" "setuptools>=68" wheel
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@rm -f $(VENV)/.installed-*; touch $@
+
+quickstart: install     ## text -> JANUS -> fine-tuned AR and NAR -> scores; OBJECTIVE=janus|cmlm|denoise STEPS=...
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m finetune.quickstart --objective $(or $(OBJECTIVE),janus) $(if $(STEPS),--steps $(STEPS))
+
+check: install          ## style, types, layers
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: install           ## everything that fits a laptop
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: install      ## minutes long
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow
+
+bench: install          ## every figure, each after its equality check
+	$(PY) kernels/bench/run.py
+
+goldens: install        ## writes the golden curves anew: say why in the commit
+	$(PY) -m pytest --update-goldens tests/pretrain/objectives/test_golden_curves.py
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

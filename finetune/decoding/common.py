@@ -1,0 +1,60 @@
+"""What every decoder returns, and the pieces they share.
+
+Shapes: L rows, D width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.models import EncoderDecoder
+
+MAX_LOGITS = 1 << 25  # entries of a logits block: 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The texts of a batch of sources.
+
+    tokens: int64 [N] per source, without BOS and EOS. scores: what the decoder ranks hypotheses by (see there).
+    passes: how often the decoder ran over this batch.
+    """
+
+    tokens: list[np.ndarray]
+    scores: list[float]
+    passes: int
+
+
+@contextmanager
+def writing(model: EncoderDecoder) -> Iterator[None]:
+    """Eval mode without gradients inside, the former mode outside."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def most_likely(model: EncoderDecoder, h_LD: Tensor, banned: list[int]) -> tuple[Tensor, Tensor]:
+    """(token_L int64, log-probability_L float32 or wider) of the best token that is not banned.
+
+    Probabilities are over the whole vocabulary, so banning changes the choice and no number. Only two values a row
+    outlive the logits, which exist in blocks of at most `MAX_LOGITS` entries.
+    """
+    block = max(1, MAX_LOGITS // (model.config.vocab_size or 1))
+    tokens, values = [], []
+    for part_LD in h_LD.split(block):
+        logits_LV = model.logits(part_LD)
+        logits_LV = logits_LV.float() if logits_LV.dtype.itemsize < 4 else logits_LV
+        total_L = logits_LV.logsumexp(dim=1)
+        logits_LV[:, banned] = -torch.inf
+        best = logits_LV.max(dim=1)
+        tokens.append(best.indices)
+        values.append(best.values - total_L)
+    return torch.cat(tokens), torch.cat(values)

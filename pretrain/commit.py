@@ -1,0 +1,284 @@
+"""A checkpoint is committed or it does not exist: directories, hashes and one pointer, in plain Python.
+
+    RUN/lock                        held by the job that writes here (released by the kernel when it dies)
+    RUN/latest                      one line, the name of the last commit
+    RUN/checkpoints/step-00000500   a commit: flat files and manifest.json, never changed again
+    RUN/checkpoints/staging-...     being written
+    RUN/checkpoints/trash-...       being deleted
+
+A commit hashes and fsyncs every file, writes the manifest, renames the staging directory into place and then moves
+the pointer. From the manifest on it is durable: `recover` finishes whatever a kill left behind, and deletes the rest.
+Deletion renames first, so that a half-deleted directory is never taken for a commit. The manifest carries its own
+hash, so a flipped bit anywhere in a commit is found.
+"""
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import re
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from pretrain.errors import CheckpointError, DiskError
+from pretrain.seal import MANIFEST, Described, describe, manifest_bytes, number, plain_files, verify
+
+_COMMIT = re.compile(r"step-(\d{8,})")
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+Hook = Callable[[str, Path], None]
+
+
+class Store:
+    """The commits of one run directory. One process (rank 0) calls the methods; others only write into staging.
+
+    Args:
+        run_dir: folder of the run; created when something is written.
+        hook: called with (operation, path) just before every operation that changes the disk; tests kill there.
+    """
+
+    def __init__(self, run_dir: str | Path, hook: Hook = lambda operation, path: None) -> None:
+        self.run_dir = Path(run_dir)
+        self.folder = self.run_dir / "checkpoints"
+        self._hook = hook
+        self._lock: IO[str] | None = None
+        self._verified: set[str] = set()
+
+    # ---------------------------------------------------------------- writing
+
+    def begin(self, step: int) -> Path:
+        """Creates an empty staging directory for the commit of `step` and returns it."""
+        staging = self.folder / f"staging-{step:08d}"
+        with disk_errors(staging):
+            self._mkdir(self.run_dir)
+            self._mkdir(self.folder)
+            if staging.exists():
+                self._discard(staging)
+            self._mkdir(staging)
+        return staging
+
+    def commit(self, staging: Path, step: int) -> Path:
+        """Makes the files in `staging` the latest commit; on return they survive a power loss.
+
+        Raises:
+            DiskError: the disk is full, over quota or read-only; earlier commits are intact.
+            CheckpointError: `staging` holds something other than plain files.
+        """
+        with disk_errors(staging):
+            files = {path.name: self._seal(path) for path in plain_files(staging)}
+            self._write(staging / MANIFEST, manifest_bytes(step, files))
+            self._sync(staging)
+            return self._publish(staging, step)
+
+    def discard(self, staging: Path) -> None:
+        """Deletes a staging directory that will not be committed, as far as the disk allows."""
+        with contextlib.suppress(OSError):
+            if staging.exists():
+                self._discard(staging)
+
+    def retain(self, keep: int) -> list[str]:
+        """Deletes all but the newest `keep` commits, but never the last one that verifies; returns what went."""
+        commits = self.commits()
+        kept, old = commits[-keep:], commits[:-keep]
+        if not any(self._good(path) for path in reversed(kept)):
+            survivor = next((path for path in reversed(old) if self._good(path)), None)
+            old = [path for path in old if path != survivor]
+        with disk_errors(self.folder):
+            for path in old:
+                self._discard(path)
+        return [path.name for path in old]
+
+    # ---------------------------------------------------------------- reading
+
+    def commits(self) -> list[Path]:
+        """Every directory with the name of a commit, oldest first, verified or not."""
+        if not self.folder.is_dir():
+            return []
+        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _COMMIT.fullmatch(path.name))]
+        return [path for _, path in sorted(found)]
+
+    def latest(self) -> Path | None:
+        """The newest commit that verifies; None if nothing was ever committed.
+
+        Raises:
+            CheckpointError: there are commits and every one of them is damaged.
+        """
+        commits = self.commits()
+        for path in reversed(commits):
+            if self._good(path):
+                return path
+        if commits:
+            problem = verify(commits[-1])[0]
+            raise CheckpointError(
+                f"`{self.run_dir}` has {len(commits)} checkpoints and none is intact; {commits[-1].name}: {problem}"
+            )
+        return None
+
+    # --------------------------------------------------------------- starting
+
+    def recover(self) -> list[str]:
+        """Finishes or deletes what a killed job left behind; returns one line for everything it did or found.
+
+        Afterwards there is no staging and no trash, and the pointer names the newest commit that verifies.
+        """
+        done: list[str] = []
+        if not self.folder.is_dir():
+            return done
+        with disk_errors(self.folder):
+            for path in sorted(self.folder.iterdir()):
+                if path.name.startswith("staging-"):
+                    done.append(self._finish(path))
+                elif path.name.startswith("trash-") and path.exists():
+                    self._delete(path)
+                    done.append(f"deleted {path.name}")
+            for path in reversed(self.commits()):
+                if self._good(path):
+                    if self.pointer() != path.name:
+                        self._point(path)
+                        done.append(f"latest now names {path.name}")
+                    break
+                done.append(f"{path.name} is damaged and not used: {verify(path)[0]}")
+        return done
+
+    def pointer(self) -> str | None:
+        """What RUN/latest names; None where there is no such file."""
+        try:
+            return (self.run_dir / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        except FileNotFoundError:
+            return None
+
+    def lock(self) -> None:
+        """Takes the run directory for this process until `unlock` or its death.
+
+        Raises:
+            CheckpointError: another living process holds it.
+        """
+        with disk_errors(self.run_dir):
+            self._mkdir(self.run_dir)
+            file = (self.run_dir / "lock").open("a+", encoding="utf-8")
+        try:
+            # A POSIX record lock: the kernel drops it when the process dies, on this host and over NFS, and
+            # forked data workers do not inherit it. No pid has to be guessed alive.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.seek(0)
+                holder = file.read(200).strip() or "another process"
+                file.close()
+                raise CheckpointError(
+                    f"`{self.run_dir}` must be used by one job at a time, is in use by {holder}"
+                ) from None
+            warnings.warn(f"`{self.run_dir}` is on a file system without locks: never start two jobs", stacklevel=2)
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Gives the run directory back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # ------------------------------------------------------- steps of the above
+
+    def _finish(self, staging: Path) -> str:
+        """A staging directory with an intact manifest was committed in all but name; anything else was not."""
+        step = number(staging.name)
+        if step is not None and not verify(staging):
+            self._publish(staging, step)
+            return f"finished the commit of step {step}"
+        self._discard(staging)
+        return f"deleted {staging.name}, which was not complete"
+
+    def _publish(self, staging: Path, step: int) -> Path:
+        target = self.folder / f"step-{step:08d}"
+        if target.exists():  # the same step again, after resuming from an older or damaged commit
+            self._trash(target)
+        self._rename(staging, target)
+        self._sync(self.folder)
+        self._verified.add(target.name)
+        self._point(target)
+        for path in self.folder.glob(f"trash-{target.name}*"):
+            self._delete(path)
+        return target
+
+    def _point(self, target: Path) -> None:
+        self._write(self.run_dir / "latest.new", f"{target.name}\n".encode())
+        self._hook("replace", self.run_dir / "latest")
+        os.replace(self.run_dir / "latest.new", self.run_dir / "latest")
+        self._sync(self.run_dir)
+
+    def _good(self, path: Path) -> bool:
+        if path.name not in self._verified and not verify(path):
+            self._verified.add(path.name)
+        return path.name in self._verified and path.is_dir()
+
+    def _discard(self, path: Path) -> None:
+        self._delete(self._trash(path))
+
+    def _trash(self, path: Path) -> Path:
+        names = (self.folder / f"trash-{path.name}-{count}" for count in itertools.count())
+        trash = next(name for name in names if not name.exists())
+        self._rename(path, trash)
+        self._verified.discard(path.name)
+        return trash
+
+    def _delete(self, trash: Path) -> None:
+        for path in sorted(trash.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                self._delete(path)
+            else:
+                self._hook("unlink", path)
+                path.unlink()
+        self._hook("rmdir", trash)
+        trash.rmdir()
+
+    def _seal(self, path: Path) -> Described:
+        self._hook("fsync", path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+            return describe(file)
+
+    def _write(self, path: Path, content: bytes) -> None:
+        self._hook("create", path)
+        with path.open("wb") as file:
+            for part in (content[: len(content) // 2], content[len(content) // 2 :]):
+                self._hook("write", path)
+                file.write(part)
+                file.flush()
+            self._hook("fsync", path)
+            os.fsync(file.fileno())
+
+    def _mkdir(self, path: Path) -> None:
+        if not path.is_dir():
+            self._hook("mkdir", path)
+            path.mkdir(parents=True, exist_ok=True)
+            self._sync(path.parent)
+
+    def _rename(self, source: Path, target: Path) -> None:
+        self._hook("rename", target)
+        source.rename(target)
+
+    def _sync(self, folder: Path) -> None:
+        self._hook("fsync", folder)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the OSError of a full, over-quota or read-only disk into DiskError and any other into CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        kind = DiskError if error.errno in _DISK_FULL else CheckpointError
+        raise kind(f"`{error.filename or path}` cannot be written: {error.strerror or error}") from error

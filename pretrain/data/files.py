@@ -1,0 +1,53 @@
+"""Files that either exist whole or not at all, and the one array format that shards and index share."""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.errors import DiskError, ParlanceError
+
+NPY_HEADER_BYTES = 128
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes `content` to a temporary neighbour, fsyncs, renames; a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        # The new name itself survives a power cut only once the folder is on disk.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise as_disk_error(error, path) from None
+
+
+def as_disk_error(error: OSError, path: Path) -> ParlanceError | OSError:
+    """The error to raise for a failed write: `DiskError` when the disk itself is the reason."""
+    if error.errno in DISK_ERRORS:
+        return DiskError(f"cannot write `{path}`: {os.strerror(error.errno)}; free space and run the command again")
+    return error
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """`array` as a .npy file whose header is always 128 bytes, whatever numpy's version would choose."""
+    shape = "".join(f"{size}, " for size in array.shape).rstrip() if array.ndim == 1 else str(array.shape)[1:-1]
+    header = f"{{'descr': '{array.dtype.newbyteorder('<').str}', 'fortran_order': False, 'shape': ({shape}), }}"
+    body = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+    return b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(NPY_HEADER_BYTES - 11).encode() + b"\n" + body

@@ -1,0 +1,161 @@
+"""What a data folder holds: `manifest.json`, `index.npy`, `tokenizer.json` and the shards they describe.
+
+The manifest is written last; a folder without one is unfinished. `Plan` is what was asked for, the rest is
+what came out. `index.npy` is int64 [samples, 6] with the columns named here.
+"""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from pretrain.config import Section
+from pretrain.data.files import sha256_of
+from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer
+from pretrain.errors import DataError
+
+MANIFEST_FILE, INDEX_FILE = "manifest.json", "index.npy"
+FORMAT = 1
+SectionT = TypeVar("SectionT", bound=Section)
+SHARD, TOKENS_AT, N_TOKENS, SENTENCES_AT, N_SENTENCES, SPLIT = range(6)
+COLUMNS = 6
+TRAIN, VALID = 0, 1
+SHARD_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}-\d{6,}\.tar$"
+
+
+class Plan(Section):
+    """Everything the bytes of a data folder depend on besides the text itself.
+
+    sources: the `--source` strings. tokenizer_sha256: of the given tokenizer, null when one of `train_vocab` tokens
+    is trained. shard_bytes: text bytes of one shard. python: version whose documentation `stdlib-docs` is, else null.
+    """
+
+    format: int = FORMAT
+    sources: tuple[str, ...]
+    tokenizer_sha256: str | None
+    train_vocab: int | None
+    max_length: int
+    valid_permille: int
+    shard_bytes: int
+    licence: str
+    python: str | None
+
+
+class SourceEntry(Section):
+    """Counts of one source; `tokens` are without BOS and EOS."""
+
+    name: str
+    licence: str
+    documents: int
+    words: int
+    samples: int
+    valid_samples: int
+    tokens: int
+
+
+class ShardEntry(Section):
+    """One tar file."""
+
+    file: str = Field(pattern=SHARD_NAME)
+    source: str
+    sha256: str
+    bytes: int = Field(ge=0)
+    documents: int
+    samples: int
+
+
+class Manifest(Section):
+    """The whole of `manifest.json`. token_dtype: of the `.tokens.npy` members."""
+
+    plan: Plan
+    tokenizer_sha256: str
+    vocab_size: int
+    token_dtype: str = Field(pattern=r"^(uint16|int32)$")
+    samples: int
+    tokens: int
+    index_sha256: str
+    sources: tuple[SourceEntry, ...]
+    shards: tuple[ShardEntry, ...]
+
+
+def to_json(section: Section) -> bytes:
+    """The bytes of a section as JSON with sorted keys."""
+    return (json.dumps(section.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Reads `folder`/manifest.json; raises `DataError` when absent, broken or of another format."""
+    file = Path(folder) / MANIFEST_FILE
+    try:
+        text = file.read_bytes()
+    except OSError:
+        state = "it holds no manifest.json" if Path(folder).is_dir() else "there is no such folder"
+        raise DataError(f"data folder `{folder}` must come from a finished `prepare`: {state}") from None
+    return parse_section(Manifest, text, str(file))
+
+
+def parse_section(kind: type[SectionT], text: bytes, where: str) -> SectionT:
+    """Builds `kind` from JSON; raises `DataError` quoting the first problem."""
+    try:
+        return kind.model_validate_json(text, strict=False)  # JSON has no tuples
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"`{where}` is broken: `{path}` {first['msg']}") from None
+
+
+def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
+    """Maps index.npy, int64 [samples, 6], after checking its sha256; raises `DataError`."""
+    file = folder / INDEX_FILE
+    try:
+        if sha256_of(file) != manifest.index_sha256:
+            raise DataError(f"`{file}` does not match manifest.json (sha256): prepare the folder again")
+        index = np.load(file, mmap_mode="r" if manifest.samples else None, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"`{file}` cannot be read: {error}") from None
+    if index.shape != (manifest.samples, COLUMNS) or index.dtype != np.int64:
+        raise DataError(f"`{file}` must be int64 [{manifest.samples}, {COLUMNS}], got {index.dtype} {index.shape}")
+    return np.asarray(index)
+
+
+def read_tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer:
+    """The tokenizer the shards were written with; raises `DataError` if the file is another one."""
+    tokenizer = TextTokenizer.from_path(folder / TOKENIZER_FILE)
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise DataError(
+            f"`{folder / TOKENIZER_FILE}` must be the tokenizer of the manifest ({manifest.tokenizer_sha256[:12]}), "
+            f"it is {tokenizer.sha256[:12]}"
+        )
+    return tokenizer
+
+
+def shard_problem(folder: Path, shard: ShardEntry, checksum: bool) -> str | None:
+    """What is wrong with a shard, or None. `checksum` also reads all of it."""
+    file = folder / shard.file
+    try:
+        size = file.stat().st_size
+        if size != shard.bytes:
+            return f"shard `{file}` must have {shard.bytes} bytes, it has {size}"
+        if checksum and sha256_of(file) != shard.sha256:
+            return f"shard `{file}` does not match its sha256 in manifest.json"
+    except OSError as error:
+        return f"shard `{file}` cannot be read: {error.strerror}"
+    return None
+
+
+def verify_folder(folder: str | Path) -> list[str]:
+    """Every problem of a data folder, reading all of it; empty when it is sound."""
+    root = Path(folder)
+    try:
+        manifest = read_manifest(root)
+    except DataError as error:
+        return [str(error)]
+    problems = [problem for shard in manifest.shards if (problem := shard_problem(root, shard, checksum=True))]
+    for check in (read_index, read_tokenizer):
+        try:
+            check(root, manifest)
+        except DataError as error:
+            problems.append(str(error))
+    return problems

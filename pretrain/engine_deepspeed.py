@@ -1,0 +1,251 @@
+"""The engine on DeepSpeed: ZeRO 0-3, offload, bf16 and fp16. The only file that imports deepspeed.
+
+DeepSpeed computes the updates and nothing else: its schedulers, data loaders, monitors and checkpoints stay unused.
+The window of micro-batches varies from update to update, so it is told by hand which micro-batch is the last.
+"""
+
+import copy
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain.config import EngineConfig, OptimConfig
+from pretrain.distributed import World
+from pretrain.engine import Engine, StepResult, clip, nothing_to_gather
+from pretrain.errors import ConfigError
+from pretrain.objectives.base import LossSums, ObjectiveModule
+from pretrain.optim import MOMENTS, adamw, create_state, parameter_groups
+
+BUCKET = 50_000_000
+LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO stage 0 keeps everything on every rank, 1 shards optimizer state, 2 gradients too, 3 weights too."""
+
+    def __init__(
+        self, config: EngineConfig, optim: OptimConfig, module: ObjectiveModule, world: World, user: Mapping[str, Any]
+    ) -> None:
+        deepspeed = _import(world)
+        self.module, self.world = module, world
+        self.loss_factor = float(world.size)  # gradients are averaged over ranks
+        self._stage, self._clip = config.zero_stage, optim.clip
+        self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        derived = derive(config, optim, sum(p.numel() for p in module.parameters()))
+        self._adam = adamw(parameter_groups(module, optim.weight_decay), optim)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=merge(derived, user))
+        self._zero: Any = self._engine.optimizer
+        create_state(self._adam, self._flat())
+        if self._stage in (1, 2):
+            self._zero._lazy_init_hp_params_optimizer_state()  # links the moments to the parameters they belong to
+        if config.precision == "fp16":
+            # at the smallest scale the loop decides what to do about another overflow
+            self._zero.loss_scaler.raise_error_at_min_scale = False
+
+    def step(self, lr: float) -> StepResult:
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        if self._stage == 0:  # plain AdamW underneath: no norm, no check
+            norm = clip(list(self.module.parameters()), self._clip)
+            if norm < float("inf"):
+                self._engine.step()
+                return StepResult(norm, True)
+            self._engine.zero_grad()
+            return StepResult(norm, False)
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        norm = float(self._engine.get_global_grad_norm()) if applied else float("inf")
+        return StepResult(norm, applied, self._loss_scale())
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return self._gathered() if self._stage == 3 else nothing_to_gather()
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(self.module.parameters())):
+            yield
+
+    # ------------------------------------------------------------------- state
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self.module.get_parameter(name)
+        if self._stage == 0:
+            state = {"param": parameter} | {key: self._adam.state[parameter][key] for key in MOMENTS}
+            return {key: value.detach().cpu().clone() for key, value in state.items()}
+        state = {"param": safe_get_full_fp32_param(parameter)}
+        state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        return {key: value.detach().cpu().reshape(self._shapes[name]) for key, value in state.items()}
+
+    @torch.no_grad()
+    def write(self, name: str, state: Mapping[str, Tensor]) -> None:
+        parameter = self.module.get_parameter(name)
+        if self._stage == 0:
+            parameter.copy_(state["param"])
+            for key in MOMENTS:
+                self._adam.state[parameter][key].copy_(state[key])
+        elif self._stage == 3:
+            self._write_shard(parameter, state)
+        else:
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+            safe_set_full_fp32_param(parameter, state["param"])
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[key], key)
+
+    def _write_shard(self, parameter: Any, state: Mapping[str, Tensor]) -> None:
+        # deepspeed's own setter of full values fails where the last shard is padded
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.partition_numel()
+        first = size * self.world.rank
+        for key, value in state.items():
+            shard = value.flatten()[first : first + size]
+            shard = F.pad(shard, (0, size - shard.numel()))
+            if key == "param":
+                safe_set_local_fp32_param(parameter, shard)
+            else:
+                safe_set_local_optimizer_state(parameter, shard, key)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self._stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self._stage == 3:
+            # small weights stay gathered between steps: drop those copies before, gather the new ones after
+            self._zero._partition_all_parameters()
+            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            persistent = self._zero.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)
+
+    @property
+    def updates(self) -> int:
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for state in self._adam.state.values():
+            state["step"].fill_(count)
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        if self._loss_scale() is None:
+            return None
+        return {key: getattr(self._zero.loss_scaler, key) for key in LOSS_SCALE_STATE}
+
+    def restore_loss_scale(self, state: Mapping[str, float]) -> None:
+        if self._loss_scale() is not None:
+            for key in LOSS_SCALE_STATE:
+                setattr(self._zero.loss_scaler, key, state[key])
+
+    def _loss_scale(self) -> float | None:
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None
+
+    def _flat(self) -> list[Tensor]:
+        """The tensors that AdamW updates: this rank's flat share of the master weights, or the weights themselves."""
+        if self._stage == 0:
+            return list(self.module.parameters())
+        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(self._zero, attribute):  # stage 3; stages 1 and 2; bf16 with stage 1
+                return list(getattr(self._zero, attribute))
+        raise TypeError(f"{type(self._zero).__name__} keeps its master weights where this version does not look")
+
+    # ---------------------------------------------------------- implementation
+
+    def _open_window(self) -> None:
+        # ZeRO-3 and offload keep gradient buffers between updates and only overwrite what the next backward reaches:
+        # a weight that no term touches would be updated with the gradient of an earlier window.
+        if self._stage == 3:
+            self._zero.grad_partitions_flat_buffer.zero_()
+        for flat in self._flat() if self._stage else []:
+            if flat.grad is not None:
+                flat.grad.zero_()
+
+    def _forward(self, batch: Any, scale: Mapping[str, float]) -> LossSums:
+        terms: LossSums = self._engine(batch, scale)[1]
+        return terms
+
+    def _forward_backward(self, batch: Any, scale: Mapping[str, float], last: bool) -> LossSums:
+        self._engine.set_gradient_accumulation_boundary(last)
+        total, terms = self._engine(batch, scale)
+        self._engine.backward(total)
+        found: LossSums = terms
+        return found
+
+
+def derive(config: EngineConfig, optim: OptimConfig, weights: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a model with that many weights."""
+    stage = config.zero_stage
+    bucket = min(weights + weights % 2, BUCKET)  # even, as ZeRO wants
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    derived: dict[str, Any] = {
+        # nominal: windows are counted by hand and the scale of the loss is exact already
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.clip if stage else 0.0,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.precision == "bf16":
+        derived["bf16"] = {"enabled": True}
+    if config.precision == "fp16":
+        derived["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
+    if config.precision != "fp32":
+        # sums of gradients, over micro-batches and over ranks, lose too much in 16 bits
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        derived["communication_data_type"] = "fp32"
+    return derived
+
+
+def merge(derived: Mapping[str, Any], user: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """`user` laid over `derived`.
+
+    Raises:
+        ConfigError: naming a key that both set, to different values.
+    """
+    merged = copy.deepcopy(dict(derived))
+    for key, value in user.items():
+        name = f"{path}{key}"
+        if key in merged and isinstance(merged[key], dict) and isinstance(value, Mapping):
+            merged[key] = merge(merged[key], value, f"{name}.")
+        elif key in merged and merged[key] != value:
+            raise ConfigError(f"deepspeed `{name}` must be {merged[key]!r} with this configuration, got {value!r}")
+        else:
+            merged[key] = value
+    return merged
+
+
+def _import(world: World) -> Any:
+    """Imports deepspeed so that it compiles nothing, waits for no lock and speaks only when something is wrong."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "parlance" / "torch_extensions"))
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if world.device.type == "cpu":
+        # the shared-memory collectives would be compiled now, for a minute; gloo does without
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,105 @@
+"""The engine in plain torch, for fine-tuning, debugging and as the judge of the other one.
+
+bf16 works as in ZeRO: the module computes in bf16, an fp32 master of every weight takes the gradients and the updates.
+Several ranks sum their gradients.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from pretrain.config import EngineConfig, OptimConfig
+from pretrain.distributed import World
+from pretrain.engine import Engine, StepResult, clip, nothing_to_gather
+from pretrain.objectives.base import LossSums, ObjectiveModule
+from pretrain.optim import MOMENTS, adamw, create_state, parameter_groups
+
+
+class LocalEngine(Engine):
+    """Every rank holds everything."""
+
+    loss_factor = 1.0
+
+    def __init__(self, config: EngineConfig, optim: OptimConfig, module: ObjectiveModule, world: World) -> None:
+        self.module, self.world = module, world
+        self._clip = optim.clip
+        groups = parameter_groups(module, optim.weight_decay)
+        if config.precision == "bf16":
+            masters = {p: p.detach().clone().requires_grad_() for p in module.parameters()}
+            module.bfloat16()
+        else:
+            masters = {p: p for p in module.parameters()}
+        self._masters: dict[Tensor, Tensor] = masters
+        for group in groups:
+            group["params"] = [masters[p] for p in group["params"]]
+        self._adam = adamw(groups, optim)
+        create_state(self._adam, masters.values())
+
+    def step(self, lr: float) -> StepResult:
+        masters = list(self._masters.values())
+        for master in masters:
+            if master.grad is None:  # a weight that no term touched decays and loses momentum, as under ZeRO
+                master.grad = torch.zeros_like(master)
+            if self.world.size > 1:
+                dist.all_reduce(master.grad)
+        norm = clip(masters, self._clip)
+        applied = norm < float("inf")
+        if applied:
+            for group in self._adam.param_groups:
+                group["lr"] = lr
+            self._adam.step()
+            self.refresh()
+        self._adam.zero_grad()
+        return StepResult(norm, applied)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return nothing_to_gather()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self.parameters().items()}
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        master = self._masters[self.module.get_parameter(name)]
+        state = {"param": master} | {key: self._adam.state[master][key] for key in MOMENTS}
+        return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+    @torch.no_grad()
+    def write(self, name: str, state: Mapping[str, Tensor]) -> None:
+        master = self._masters[self.module.get_parameter(name)]
+        master.copy_(state["param"])
+        for key in MOMENTS:
+            self._adam.state[master][key].copy_(state[key])
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        for parameter, master in self._masters.items():
+            if master is not parameter:
+                parameter.copy_(master)
+
+    @property
+    def updates(self) -> int:
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for state in self._adam.state.values():
+            state["step"].fill_(count)
+
+    def _forward(self, batch: Any, scale: Mapping[str, float]) -> LossSums:
+        terms: LossSums = self.module(batch, scale)[1]
+        return terms
+
+    def _forward_backward(self, batch: Any, scale: Mapping[str, float], last: bool) -> LossSums:
+        total, terms = self.module(batch, scale)
+        total.backward()
+        for parameter, master in self._masters.items():
+            if master is not parameter and parameter.grad is not None:
+                gradient = parameter.grad.to(master.dtype)
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
+        found: LossSums = terms
+        return found

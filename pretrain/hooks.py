@@ -1,0 +1,135 @@
+"""Periodic work beside the loop: validate, show text, save, stop. Each hook is told of every update.
+
+A hook that holds a collective runs on every rank; only its output is rank 0's.
+"""
+
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from pretrain.distributed import any_rank
+from pretrain.engine import Engine
+from pretrain.errors import Requeue
+from pretrain.loop import Progress, StepReport, global_counts, global_means, weighted
+from pretrain.objectives import Preview
+from pretrain.tensorboard import TensorBoard
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+Note = Callable[[str], None]
+
+
+class Validation:
+    """Losses on fixed batches, over all ranks. board and note: where rank 0 writes them, None elsewhere."""
+
+    def __init__(
+        self, engine: Engine, batches: Sequence[Any], every: int, board: TensorBoard | None, note: Note | None
+    ) -> None:
+        self.engine, self.batches, self.every, self.board, self.note = engine, batches, every, board, note
+
+    def after_step(self, report: StepReport) -> None:
+        if not report.due(self.every):
+            return
+        objective = self.engine.module.objective
+        counts, _ = global_counts(objective, self.batches)
+        losses = global_means(self.engine.evaluate(self.batches), counts)
+        values = {f"valid/{term}": value for term, value in losses.items()}
+        values["valid/total"] = weighted(losses, objective.weights)
+        if self.board:
+            self.board.scalars(report.step, values)
+        if self.note:
+            terms = " ".join(f"{term} {value:.3f}" for term, value in losses.items())
+            self.note(f"valid at step {report.step}: loss {values['valid/total']:.3f} ({terms})")
+
+
+class TextSamples:
+    """One-step predictions per mode on a fixed batch, to TensorBoard and `folder/step_XXXXXX.txt`.
+
+    Every rank predicts the same batch, because sharded parameters are gathered by all ranks together; a board marks
+    the rank that writes.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        batch: Any,
+        decode: Callable[[Sequence[int]], str],
+        every: int,
+        folder: Path,
+        board: TensorBoard | None,
+        limit: int = 4,
+    ) -> None:
+        self.engine, self.batch, self.decode, self.every = engine, batch, decode, every
+        self.folder, self.board, self.limit = folder, board, limit
+
+    def after_step(self, report: StepReport) -> None:
+        if not report.due(self.every):
+            return
+        module = self.engine.module
+        device = next(module.parameters()).device
+        module.eval()
+        with self.engine.gathered(), torch.no_grad():
+            previews = module.objective.preview(module.model, self.batch.to(device), self.limit)
+        module.train()
+        if self.board is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = "\n\n".join(self._show(preview) for preview in previews)
+        (self.folder / f"step_{report.step:06d}.txt").write_text(text + "\n", encoding="utf-8")
+        for mode in sorted({mode for preview in previews for mode in preview.predicted}):
+            pairs = [(p.target, p.predicted[mode]) for p in previews if mode in p.predicted]
+            lines = [f"target     {self.decode(t)}\n{mode:10} {self.decode(p)}" for t, p in pairs]
+            self.board.text(report.step, f"samples/{mode}", "\n\n".join(lines))
+
+    def _show(self, preview: Preview) -> str:
+        lines = {"source": preview.source, "target": preview.target, **preview.predicted}
+        return "\n".join(f"{name:10} {self.decode(ids)}" for name, ids in lines.items())
+
+
+class Save:
+    """Saves every `every` updates and at the last one; `write` commits a checkpoint and applies retention."""
+
+    def __init__(self, every: int, write: Callable[[Progress], None]) -> None:
+        self.every, self.write = every, write
+        self.saved_step = -1
+
+    def after_step(self, report: StepReport) -> None:
+        if report.due(self.every):
+            self.now(report.progress)
+
+    def now(self, progress: Progress) -> None:
+        """Saves unless this very step is saved already."""
+        if self.saved_step != progress.step:
+            self.write(progress)
+            self.saved_step = progress.step
+
+
+class StopOnSignal:
+    """SIGTERM or SIGUSR1 on any rank: all ranks finish the update, save together and leave with `Requeue`.
+
+    A context manager: the handlers are this hook's inside it and whoever's they were outside.
+    """
+
+    def __init__(self, save: Save) -> None:
+        self.save, self.requested = save, False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def after_step(self, report: StepReport) -> None:
+        if any_rank(self.requested):
+            self.save.now(report.progress)
+            raise Requeue(f"stopped by a signal, saved step {report.step}: run the same command again to continue")
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

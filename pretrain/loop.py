@@ -1,0 +1,178 @@
+"""The training loop. It knows windows of batches, an engine and hooks; nothing of data sets, files or objectives.
+
+One update: read the window, add its counts over all ranks once, turn them into the factor of each term, run
+forward and backward, check that every rank saw finite losses, step, tell the hooks. Because the factors come from
+global counts, the gradient does not depend on how the window was cut into ranks and micro-batches.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from pretrain.distributed import sum_counts
+from pretrain.engine import Engine
+from pretrain.errors import CheckpointError, NonFiniteError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is; all of a resume besides weights and generators.
+
+    step: updates done. position: the next sample of the global order. samples, tokens: seen so far, over all ranks.
+    """
+
+    step: int = 0
+    position: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Progress":
+        try:
+            return cls(**{name: int(values[name]) for name in cls.__dataclass_fields__})
+        except (KeyError, TypeError, ValueError):
+            fields = ", ".join(cls.__dataclass_fields__)
+            raise CheckpointError(f"progress of a checkpoint must hold the integers {fields}, got {values}") from None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update was, the same on every rank but for the two times.
+
+    losses: {term: global mean} of the terms that occurred. total: their weighted sum. counts: {term: global count}.
+    grad_norm: before clipping. applied: False where fp16 overflowed and the update was skipped.
+    samples, tokens: of this update over all ranks. seconds, wait_seconds: of this rank, the second for data alone.
+    """
+
+    progress: Progress
+    last: bool
+    losses: Mapping[str, float]
+    total: float
+    counts: Mapping[str, int]
+    lr: float
+    grad_norm: float
+    applied: bool
+    loss_scale: float | None
+    samples: int
+    tokens: int
+    seconds: float
+    wait_seconds: float
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    def due(self, every: int) -> bool:
+        """True at each multiple of `every` updates and at the last one; never for 0."""
+        return every > 0 and (self.step % every == 0 or self.last)
+
+
+class Hook(Protocol):
+    """Periodic work. Every rank calls the same hooks in the same order, so a hook may hold a collective."""
+
+    def after_step(self, report: StepReport) -> None: ...
+
+
+class Window(Protocol):
+    """This rank's micro-batches of one update; `count` samples of the global order from `first` on, over all ranks."""
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def batches(self) -> Sequence[Any]: ...
+
+
+def fit(
+    engine: Engine,
+    windows: Iterator[Window],
+    learning_rate: Callable[[int], float],
+    steps: int,
+    progress: Progress,
+    hooks: Sequence[Hook],
+) -> Progress:
+    """Trains from `progress` until `steps` updates are done and returns where it stands then.
+
+    Args:
+        windows: endless, the first one starting at `progress.position`.
+        learning_rate: of the update that follows `step` done ones.
+        hooks: run after every update, in this order; one that stops training raises.
+
+    Raises:
+        NonFiniteError: on every rank, before the update, if a loss or (outside fp16) the gradient is not finite.
+    """
+    objective = engine.module.objective
+    while progress.step < steps:
+        started = time.perf_counter()
+        window = next(windows)
+        waited = time.perf_counter() - started
+        step = progress.step + 1
+
+        counts, tokens = global_counts(objective, window.batches)
+        scale = {
+            term: weight * engine.loss_factor / counts[term] if counts[term] else 0.0
+            for term, weight in objective.weights.items()
+        }
+        sums = engine.accumulate(window.batches, scale)
+        losses = global_means(sums, counts)
+        for term, value in losses.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"loss term `{term}` must be finite, was {value} at step {step}; not applied")
+
+        lr = learning_rate(progress.step)
+        result = engine.step(lr)
+        if not result.applied and result.loss_scale is None:
+            norm = result.grad_norm
+            raise NonFiniteError(f"gradient norm must be finite, was {norm} at step {step}; not applied ({losses})")
+
+        progress = Progress(
+            step, window.first + window.count, progress.samples + window.count, progress.tokens + tokens
+        )
+        report = StepReport(
+            progress=progress,
+            last=step == steps,
+            losses=losses,
+            total=weighted(losses, objective.weights),
+            counts=counts,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            applied=result.applied,
+            loss_scale=result.loss_scale,
+            samples=window.count,
+            tokens=tokens,
+            seconds=time.perf_counter() - started,
+            wait_seconds=waited,
+        )
+        for hook in hooks:
+            hook.after_step(report)
+    return progress
+
+
+def global_counts(objective: Any, batches: Sequence[Any]) -> tuple[dict[str, int], int]:
+    """({term: count}, target tokens) of the batches of all ranks; one collective."""
+    mine = {f"term/{term}": 0 for term in objective.weights} | {"tokens": 0}
+    for batch in batches:
+        for term, count in objective.counts(batch).items():
+            mine[f"term/{term}"] += count
+        mine["tokens"] += batch.n_tokens
+    everywhere = sum_counts(mine)
+    return {term: int(everywhere[f"term/{term}"]) for term in objective.weights}, int(everywhere["tokens"])
+
+
+def global_means(sums: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, float]:
+    """{term: mean} over all ranks of the terms that occurred; one collective, so every rank sees the same NaN."""
+    everywhere = sum_counts({term: float(sums[term]) for term in counts})
+    return {term: everywhere[term] / count for term, count in counts.items() if count}
+
+
+def weighted(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The number that training makes smaller: every term's mean times its weight."""
+    return sum(weights[term] * value for term, value in losses.items())

@@ -1,0 +1,106 @@
+"""What a person sees while a run works: a bar on a terminal, plain lines in a file. Only rank 0 makes one."""
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from pretrain.loop import StepReport
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Speed since the last reading; wait_fraction is the share of the time spent waiting for data."""
+
+    tokens_per_second: float
+    samples_per_second: float
+    wait_fraction: float
+
+
+class Meter:
+    """Adds up what updates took between two readings."""
+
+    def __init__(self) -> None:
+        self.tokens = self.samples = 0
+        self.seconds = self.wait_seconds = 0.0
+
+    def add(self, report: StepReport) -> None:
+        self.tokens += report.tokens
+        self.samples += report.samples
+        self.seconds += report.seconds
+        self.wait_seconds += report.wait_seconds
+
+    def read(self) -> Rates:
+        """The rates since the last call."""
+        seconds = max(self.seconds, 1e-9)
+        rates = Rates(self.tokens / seconds, self.samples / seconds, self.wait_seconds / seconds)
+        self.__init__()  # type: ignore[misc]
+        return rates
+
+
+class Console:
+    """Hook that reports every `every` updates: a tqdm bar on a tty, one plain line each otherwise."""
+
+    def __init__(self, first_step: int, steps: int, every: int, out: TextIO | None = None) -> None:
+        self.out = out or sys.stderr
+        self.steps, self.every, self.meter = steps, every, Meter()
+        self.first_step, self.started = first_step, time.monotonic()
+        self.bar: Any = None
+        if self.out.isatty():
+            self.bar = tqdm(initial=first_step, total=steps, unit="step", file=self.out, dynamic_ncols=True)
+
+    def after_step(self, report: StepReport) -> None:
+        self.meter.add(report)
+        if self.bar is not None:
+            self.bar.update(1)
+        if not report.applied:
+            self.note(f"step {report.step}: fp16 overflow, update skipped, loss scale {report.loss_scale:g}")
+        if not report.due(self.every):
+            return
+        summary = describe(report, self.meter.read())
+        if self.bar is not None:
+            self.bar.set_postfix_str(summary, refresh=False)
+        else:
+            self.note(f"step {report.step}/{self.steps} {summary} eta {clock(self._remaining(report.step))}")
+
+    def note(self, line: str) -> None:
+        """Prints a line without tearing the bar."""
+        if self.bar is not None:
+            self.bar.write(line, file=self.out)
+        else:
+            print(line, file=self.out, flush=True)
+
+    def close(self) -> None:
+        """Leaves the terminal usable."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _remaining(self, step: int) -> float:
+        per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
+        return per_step * (self.steps - step)
+
+
+def describe(report: StepReport, rates: Rates) -> str:
+    """`loss 7.91 (ar 6.20 nar 9.80) grad 3.1 12.0k tok/s data 2%`."""
+    terms = " ".join(f"{term} {value:.2f}" for term, value in report.losses.items())
+    return (
+        f"loss {report.total:.2f} ({terms}) grad {report.grad_norm:.1f} "
+        f"{short(rates.tokens_per_second)} tok/s data {rates.wait_fraction:.0%}"
+    )
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: 950, 12.0k, 3.4M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """2:41 or 1:02:41."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,109 @@
+"""The folder of a run: `runs/<name>/{config.yaml, env.json, checkpoints/, latest, tb/, samples/, events.jsonl}`."""
+
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import config as configuration
+from pretrain.config import RunConfig
+from pretrain.data.files import write_atomic
+from pretrain.distributed import World
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.flatten import flatten
+
+CONFIG, ENVIRONMENT, EVENTS, BOARD, SAMPLES = "config.yaml", "env.json", "events.jsonl", "tb", "samples"
+# What decides the order of the data, the model and the objective: the past of a run cannot be of two kinds.
+FIXED = ("seed", "data.weights", "data.on_bad_shard", "model", "objective", "batch.samples", "batch.tokens")
+PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "safetensors", "pydantic")
+
+
+def read_config(run_dir: Path) -> RunConfig | None:
+    """The configuration the run was last started with; None where there is none."""
+    path = run_dir / CONFIG
+    return configuration.load(RunConfig, path) if path.exists() else None
+
+
+def check_continues(config: RunConfig, before: RunConfig) -> dict[str, list[Any]]:
+    """What changed, {key: [before, now]}, since the run was last started.
+
+    Raises:
+        ConfigError: naming the first changed key that decides data order, model or objective.
+    """
+    old, new = flatten(before.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    keys = sorted(old.keys() | new.keys())
+    changed = {key: [old.get(key), new.get(key)] for key in keys if old.get(key) != new.get(key)}
+    for key, (was, now) in changed.items():
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            raise ConfigError(
+                f"`{key}` must stay {was!r} in run `{config.run_dir}`, got {now!r}: continue with the old value or "
+                "choose another `name`"
+            )
+    return changed
+
+
+def describe_environment(world: World, backend: str) -> dict[str, Any]:
+    """Versions, hosts and devices, for env.json and provenance.json."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "ranks": world.size,
+        "hosts": max(1, world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "kernels": backend,
+    }
+
+
+def version(package: str) -> str | None:
+    """Installed version of `package`; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.encode())
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replaces `path` with `values` as JSON in one step."""
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+class Events:
+    """`events.jsonl`: one line for everything a run went through, appended by rank 0."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / EVENTS
+
+    def add(self, event: str, step: int, **details: Any) -> None:
+        """Appends {"time", "host", "pid", "event", "step", ...}; on disk when it returns."""
+        line = {"time": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid(), "event": event}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "step": step, **details}) + "\n")
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """Every whole line of events.jsonl; a line that a kill cut short is left out."""
+    found = []
+    try:
+        lines = (run_dir / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        raise CheckpointError(f"`{run_dir}` must be the folder of a run, it has no {EVENTS}") from None
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found

@@ -1,0 +1,41 @@
+"""Small texts and models for the objective tests."""
+
+import numpy as np
+import torch
+
+from pretrain.config import ModelConfig
+from pretrain.models import EncoderDecoder, SpecialIds
+from pretrain.objectives import Example
+
+IDS = SpecialIds(bos=0, pad=1, eos=2, mask=4, unk=3)
+VOCAB = 37
+
+
+def tiny_model(seed=0, **changes):
+    options = {
+        "vocab_size": VOCAB, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "heads": 2, "ffn_dim": 24,
+        "max_positions": 64, "dropout": 0.0, "attention_dropout": 0.0, "length_classes": 24, "init_std": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return EncoderDecoder(ModelConfig(**{**options, **changes}), IDS).double()
+
+
+def examples(seed=0, sizes=((5, 7, 3), (3, 4, 0), (8, 6, 6), (2, 9, 1))):
+    """Examples of (source length, content length, masked tokens); none and all masked are among them."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for source, n, masked in sizes:
+        text = [np.concatenate([[IDS.bos], rng.integers(5, VOCAB, k), [IDS.eos]]) for k in (source, n)]
+        made.append(Example(text[0], text[1], np.sort(1 + rng.permutation(n)[:masked])))
+    return made
+
+
+def unit_scale(objective, batch):
+    return {name: weight / max(1, objective.counts(batch)[name]) for name, weight in objective.weights.items()}
+
+
+def loss_and_gradients(model, losses):
+    model.zero_grad()
+    total, sums = losses()
+    total.backward()
+    return total.detach(), sums, {n: p.grad.clone() for n, p in model.named_parameters()}
