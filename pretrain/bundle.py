@@ -4,7 +4,9 @@
     config.json             BART's field names; what BART has no name for is in its `parlance` section
     tokenizer.json  generation_config.json
     provenance.json         run, step, configuration, versions, sources and licences
-    golden.safetensors      a fixed input and its logits per mode; `load_bundle` computes them again
+    golden.safetensors      a fixed input and its logits per mode
+
+A bundle appears whole or not at all; loading one computes the golden logits again.
 """
 
 import json
@@ -15,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -109,8 +110,8 @@ def load_bundle(path: str | Path, verify: bool = True, backend: str = "auto") ->
             f"got {description.model.vocab_size}"
         )
     model = build_model(description, _read_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS), backend=backend)
-    error = _golden_error(model, description, folder / GOLDEN) if verify else None
-    return Bundle(model, description, tokenizer, _read_json(folder / PROVENANCE), error)
+    golden_error = _golden_error(model, description, folder / GOLDEN) if verify else None
+    return Bundle(model, description, tokenizer, _read_json(folder / PROVENANCE), golden_error)
 
 
 def is_bundle(folder: Path) -> bool:
@@ -149,9 +150,7 @@ def _golden_error(model: EncoderDecoder, description: Description, path: Path) -
     for name, logits in found.items():
         right = expected[name]
         if right.shape != logits.shape:
-            raise CheckpointError(
-                f"`{path}`: `{name}` must be of shape {tuple(logits.shape)}, is {tuple(right.shape)}"
-            )
+            raise CheckpointError(f"`{path}`: `{name}` must be of shape {tuple(logits.shape)}, is {tuple(right.shape)}")
         difference = float((logits.double() - right.double()).abs().max())
         limit = GOLDEN_TOLERANCE * max(1.0, float(right.double().abs().max())) if name.startswith("logits/") else 0.0
         if not difference <= limit:

@@ -11,7 +11,7 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.models import SpecialIds
 from pretrain.models.patterns import ArLayout
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 # ModelConfig field -> field of Hugging Face's BartConfig. Fields that both halves of BART have are written twice.
 BART_NAMES = {
     "vocab_size": ("vocab_size",),
@@ -52,7 +52,7 @@ class Description:
     model: ModelConfig
     ids: SpecialIds
     layout: ArLayout
-    modes: tuple[str, ...]
+    modes: tuple[Mode, ...]
     objective: dict[str, Any]
 
 

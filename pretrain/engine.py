@@ -128,7 +128,7 @@ class Engine(ABC):
 
     @abstractmethod
     def write(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Sets what `read` returns; takes effect for the forward with `refresh`."""
+        """Sets some or all of what `read` returns; takes effect for the forward with `refresh`."""
 
     @abstractmethod
     def refresh(self) -> None:

@@ -4,11 +4,13 @@ DeepSpeed computes the updates and nothing else: its schedulers, data loaders, m
 The window of micro-batches varies from update to update, so it is told by hand which micro-batch is the last.
 """
 
+import contextlib
 import copy
+import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,19 @@ class DeepSpeedEngine(Engine):
         self.loss_factor = float(world.size)  # gradients are averaged over ranks
         self._stage, self._clip = config.zero_stage, optim.clip
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        # deepspeed makes its masters from weights it has rounded to 16 bits; they shall start unrounded
+        exact = {} if config.precision == "fp32" else {n: p.detach().clone() for n, p in module.named_parameters()}
         derived = derive(config, optim, sum(p.numel() for p in module.parameters()))
         self._adam = adamw(parameter_groups(module, optim.weight_decay), optim)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=merge(derived, user))
+        with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints memory figures
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=merge(derived, user))
         self._zero: Any = self._engine.optimizer
         create_state(self._adam, self._flat())
         if self._stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()  # links the moments to the parameters they belong to
+        for name, value in exact.items():
+            self.write(name, {"param": value})
+        self.refresh()
         if config.precision == "fp16":
             # at the smallest scale the loop decides what to do about another overflow
             self._zero.loss_scaler.raise_error_at_min_scale = False
@@ -64,14 +72,14 @@ class DeepSpeedEngine(Engine):
         norm = float(self._engine.get_global_grad_norm()) if applied else float("inf")
         return StepResult(norm, applied, self._loss_scale())
 
-    def gathered(self) -> AbstractContextManager[None]:
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
         return self._gathered() if self._stage == 3 else nothing_to_gather()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(self.module.parameters())):
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
 
     # ------------------------------------------------------------------- state
@@ -80,45 +88,36 @@ class DeepSpeedEngine(Engine):
         return self._shapes
 
     def read(self, name: str) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        parameter = self.module.get_parameter(name)
-        if self._stage == 0:
-            state = {"param": parameter} | {key: self._adam.state[parameter][key] for key in MOMENTS}
-            return {key: value.detach().cpu().clone() for key, value in state.items()}
-        state = {"param": safe_get_full_fp32_param(parameter)}
-        state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-        return {key: value.detach().cpu().reshape(self._shapes[name]) for key, value in state.items()}
+        parameter: Any = self.module.get_parameter(name)
+        state = {}
+        for key in ("param", *MOMENTS):
+            moment = None if key == "param" else key
+            if self._stage == 0:
+                value = self._adam.state[parameter][key] if moment else parameter
+            elif self._stage == 3:
+                value = self._zero.get_full_hp_param(parameter, moment)
+            else:
+                value = parameter.get_full_hp_param(moment)
+            state[key] = value.detach().cpu().clone().reshape(self._shapes[name])
+        return state
 
     @torch.no_grad()
     def write(self, name: str, state: Mapping[str, Tensor]) -> None:
-        parameter = self.module.get_parameter(name)
-        if self._stage == 0:
-            parameter.copy_(state["param"])
-            for key in MOMENTS:
-                self._adam.state[parameter][key].copy_(state[key])
-        elif self._stage == 3:
-            self._write_shard(parameter, state)
-        else:
-            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-            safe_set_full_fp32_param(parameter, state["param"])
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[key], key)
-
-    def _write_shard(self, parameter: Any, state: Mapping[str, Tensor]) -> None:
-        # deepspeed's own setter of full values fails where the last shard is padded
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        size = parameter.partition_numel()
-        first = size * self.world.rank
+        parameter: Any = self.module.get_parameter(name)
         for key, value in state.items():
-            shard = value.flatten()[first : first + size]
-            shard = F.pad(shard, (0, size - shard.numel()))
-            if key == "param":
-                safe_set_local_fp32_param(parameter, shard)
+            if self._stage == 0:
+                (parameter if key == "param" else self._adam.state[parameter][key]).copy_(value)
+            elif self._stage == 3:
+                self._write_shard(parameter, key, value)
             else:
-                safe_set_local_optimizer_state(parameter, shard, key)
+                parameter.set_full_hp_param(value, None if key == "param" else key)
+
+    def _write_shard(self, parameter: Any, key: str, value: Tensor) -> None:
+        # deepspeed's own setter of full values fails where the last shard is padded
+        size = parameter.partition_numel()
+        shard = value.flatten()[size * self.world.rank : size * (self.world.rank + 1)]
+        shard = F.pad(shard, (0, size - shard.numel()))
+        self._zero.set_local_hp_param(shard, parameter, None if key == "param" else key)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -245,6 +244,8 @@ def _import(world: World) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # once per collective otherwise: deepspeed calls them by the names of older torch versions
+    warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", category=FutureWarning)
     if world.device.type == "cpu":
         # the shared-memory collectives would be compiled now, for a minute; gloo does without
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

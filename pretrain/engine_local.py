@@ -30,7 +30,8 @@ class LocalEngine(Engine):
         groups = parameter_groups(module, optim.weight_decay)
         if config.precision == "bf16":
             masters = {p: p.detach().clone().requires_grad_() for p in module.parameters()}
-            module.bfloat16()
+            for parameter in module.parameters():  # buffers stay as they are, as in deepspeed
+                parameter.data = parameter.data.bfloat16()
         else:
             masters = {p: p for p in module.parameters()}
         self._masters: dict[Tensor, Tensor] = masters
@@ -70,9 +71,8 @@ class LocalEngine(Engine):
     @torch.no_grad()
     def write(self, name: str, state: Mapping[str, Tensor]) -> None:
         master = self._masters[self.module.get_parameter(name)]
-        master.copy_(state["param"])
-        for key in MOMENTS:
-            self._adam.state[master][key].copy_(state[key])
+        for key, value in state.items():
+            (master if key == "param" else self._adam.state[master][key]).copy_(value)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -3,14 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain import objectives
 from pretrain.bundle import load_bundle, write_bundle
-from pretrain.bundle_config import Description
+from pretrain.bundle_config import Description, Mode
 from pretrain.commit import Store
 from pretrain.config import RunConfig
 from pretrain.data.manifest import Manifest, read_manifest, read_tokenizer
@@ -41,7 +41,8 @@ def handoff(run_dir: str | Path, out: str | Path) -> Path:
     tokenizer = read_tokenizer(data, manifest)
     ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
     objective = objectives.build(config.objective, ids, tokenizer.word_starts, config.model.length_classes)
-    description = Description(config.model, ids, objective.layout, tuple(objective.modes), dict(config.objective))
+    modes = cast(tuple[Mode, ...], tuple(objective.modes))
+    description = Description(config.model, ids, objective.layout, modes, dict(config.objective))
     progress = Progress.from_json(json.loads((commit / PROGRESS).read_text(encoding="utf-8"))["progress"])
     provenance = describe(config, progress, manifest, read_environment(run))
     write_bundle(out, read_weights(commit), description, tokenizer, provenance)
@@ -79,9 +80,7 @@ def read_environment(run: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def describe(
-    config: RunConfig, progress: Progress, manifest: Manifest, environment: dict[str, Any]
-) -> dict[str, Any]:
+def describe(config: RunConfig, progress: Progress, manifest: Manifest, environment: dict[str, Any]) -> dict[str, Any]:
     """The content of provenance.json."""
     return {
         "run": config.name,

@@ -107,29 +107,47 @@ class Save:
             self.saved_step = progress.step
 
 
-class StopOnSignal:
-    """SIGTERM or SIGUSR1 on any rank: all ranks finish the update, save together and leave with `Requeue`.
+class Signals:
+    """SIGTERM and SIGUSR1 while it is entered: remembered here, acted on by `StopOnSignal` after the update.
 
-    A context manager: the handlers are this hook's inside it and whoever's they were outside.
+    Data workers inherit the handler and so outlive a signal to the whole job, until their rank is done with them.
     """
 
-    def __init__(self, save: Save) -> None:
-        self.save, self.requested = save, False
+    def __init__(self) -> None:
+        self.received = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopOnSignal":
+    def __enter__(self) -> "Signals":
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._request)
+            self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+class StopOnSignal:
+    """A signal to any rank: all ranks save together after this update and leave with `Requeue`."""
+
+    def __init__(self, signals: Signals, save: Save) -> None:
+        self.signals, self.save = signals, save
+
     def after_step(self, report: StepReport) -> None:
-        if any_rank(self.requested):
+        if any_rank(self.signals.received) and not report.last:
             self.save.now(report.progress)
             raise Requeue(f"stopped by a signal, saved step {report.step}: run the same command again to continue")
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+
+class Skips:
+    """Tells `note` of every update that fp16 skipped."""
+
+    def __init__(self, note: Callable[[StepReport], None]) -> None:
+        self.note = note
+
+    def after_step(self, report: StepReport) -> None:
+        if not report.applied:
+            self.note(report)

@@ -15,6 +15,9 @@ from pretrain.distributed import sum_counts
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError, NonFiniteError
 
+# fp16 halves its loss scale at each overflow; at 1 there is nothing left to halve.
+SMALLEST_LOSS_SCALE = 1.0
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -129,9 +132,9 @@ def fit(
 
         lr = learning_rate(progress.step)
         result = engine.step(lr)
-        if not result.applied and result.loss_scale is None:
-            norm = result.grad_norm
-            raise NonFiniteError(f"gradient norm must be finite, was {norm} at step {step}; not applied ({losses})")
+        if not result.applied and (result.loss_scale is None or result.loss_scale <= SMALLEST_LOSS_SCALE):
+            norm, terms = result.grad_norm, " ".join(f"{term} {value:.4g}" for term, value in losses.items())
+            raise NonFiniteError(f"gradient norm must be finite, was {norm} at step {step} ({terms}); not applied")
 
         progress = Progress(
             step, window.first + window.count, progress.samples + window.count, progress.tokens + tokens

@@ -2,6 +2,7 @@
 
 import numpy as np
 from harness import Row, require
+
 from parlance_kernels import SampleMask
 
 T, HIDDEN, PAIRS = 512, 256, 10_000_000

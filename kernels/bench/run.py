@@ -1,6 +1,6 @@
 """`make bench`: every figure of this machine's CPU, each after its equality check, as a table and as JSON.
 
-    python kernels/bench/run.py [NAME ...] [--out FILE]
+python kernels/bench/run.py [NAME ...] [--out FILE]
 """
 
 import argparse
@@ -30,7 +30,9 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
 def main() -> int:
     """Runs the suites asked for (default all), prints the table, writes the JSON; 1 if a target is missed."""
     parser = argparse.ArgumentParser(description="Parlance's figures on this CPU")
-    parser.add_argument("suites", nargs="*", choices=SUITES, metavar="NAME", help=f"of {', '.join(SUITES)}; default all")
+    parser.add_argument(
+        "suites", nargs="*", choices=SUITES, metavar="NAME", help=f"of {', '.join(SUITES)}; default all"
+    )
     parser.add_argument("--out", type=Path, default=BENCH / "results" / "cpu.json")
     given = parser.parse_args()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)

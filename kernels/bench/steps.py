@@ -8,7 +8,7 @@ from harness import Row, medians, require
 from torch import Tensor
 
 from pretrain.config import ModelConfig
-from pretrain.models import EncoderDecoder, SourceRows, SpecialIds, Stream, VocabTargets, pack_streams
+from pretrain.models import DecoderRows, EncoderDecoder, SourceRows, SpecialIds, Stream, VocabTargets, pack_streams
 from pretrain.objectives import Example, Objective, build, janus_reference
 from pretrain.objectives.batch import TokenBatch
 
@@ -46,6 +46,7 @@ def reference_step(model: EncoderDecoder, objective: Objective, batch: TokenBatc
 
 
 def gradients(model: EncoderDecoder) -> Tensor:
+    """All gradients as one vector."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
 
@@ -72,9 +73,14 @@ def janus_rows() -> list[Row]:
     few = given[:4]
     few_packed = janus.collate(few)
     off64 = compare(
-        precise, lambda: step(precise, janus, few_packed), lambda: reference_step(precise, janus, few_packed, few), 1e-10
+        precise,
+        lambda: step(precise, janus, few_packed),
+        lambda: reference_step(precise, janus, few_packed, few),
+        1e-10,
     )
-    off32 = compare(model, lambda: step(model, janus, packed), lambda: reference_step(model, janus, packed, given), 1e-5)
+    off32 = compare(
+        model, lambda: step(model, janus, packed), lambda: reference_step(model, janus, packed, given), 1e-5
+    )
     both = [
         lambda: step(model, janus, packed),
         lambda: step(model, denoise, plain),
@@ -132,7 +138,7 @@ def padded_row() -> Row:
     )
 
 
-def _padded(given: list[Example], longest: int) -> tuple[SourceRows, object, tuple[Tensor, Tensor]]:
+def _padded(given: list[Example], longest: int) -> tuple[SourceRows, DecoderRows, tuple[Tensor, Tensor]]:
     """The AR rows of `given` with every source and target padded to `longest`; padding is read by nobody real."""
 
     def pad(tokens: np.ndarray) -> np.ndarray:
@@ -142,7 +148,11 @@ def _padded(given: list[Example], longest: int) -> tuple[SourceRows, object, tup
     table = source.mask.table.copy()
     table[:, 3] = [len(e.source) for e in given]
     source = SourceRows(
-        source.tokens_R, source.positions_R, source.sample_R, source.n_samples, type(source.mask).build(table, len(source.tokens_R))
+        source.tokens_R,
+        source.positions_R,
+        source.sample_R,
+        source.n_samples,
+        type(source.mask).build(table, len(source.tokens_R)),
     )
     streams = []
     rows = longest - 1

@@ -9,9 +9,10 @@ from pathlib import Path
 import psutil
 import torch
 from harness import Row, medians, require
+from torch import Tensor
+
 from parlance_kernels import vocab_loss
 from parlance_kernels.vocab_loss.reference import vocab_loss_reference
-from torch import Tensor
 
 VOCAB, WIDTH, TRIPLETS, PLAIN, REPEATS = 50_265, 768, 384, 384, 3
 TERMS = {

@@ -14,8 +14,8 @@ SENTENCE_ENDS = frozenset(".!?…")
 CLOSERS = "\"'\u201d\u2019»)]}*_"
 OPENERS = "\"'\u201c\u2018«([{*_`"
 ABBREVIATIONS = frozenset(
-    ["e.g", "i.e", "etc", "vs", "cf", "al", "mr", "mrs", "ms", "dr", "prof", "st", "no", "vol", "fig", "sec"]
-    + ["ch", "pp", "approx", "resp", "inc", "ltd", "co", "jr", "sr", "gen", "col", "capt", "rev", "hon"]
+    """e.g i.e etc vs cf al mr mrs ms dr prof st no vol fig sec ch pp approx resp inc ltd co jr sr gen col capt rev
+    hon""".split()  # noqa: SIM905
 )
 
 

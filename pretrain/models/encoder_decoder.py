@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from parlance_kernels import resolve, vocab_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from parlance_kernels import resolve, vocab_loss
 from pretrain.config import ModelConfig
 from pretrain.models.ids import SpecialIds
 from pretrain.models.layers import DecoderLayer, EncoderLayer, positions_table
@@ -50,6 +50,8 @@ class VocabTargets:
 
 class VocabHead(nn.Module):
     """The projection onto the vocabulary. Its weight is the token table, so gradients of both meet there."""
+
+    bias_V: Tensor | None
 
     def __init__(self, shared: nn.Embedding, bias: bool) -> None:
         super().__init__()

@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from parlance_kernels import SampleMask
 from torch import Tensor
 
+from parlance_kernels import SampleMask
 from pretrain.models.encoder_decoder import EncoderDecoder
 from pretrain.models.patterns import ArLayout
 from pretrain.models.rows import DecoderRows, SourceRows

@@ -6,10 +6,10 @@ Shapes: R rows, K keys, M memory rows, D width, H heads, E head width, F feed-fo
 import math
 
 import torch
-from parlance_kernels import SampleMask, sample_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from parlance_kernels import SampleMask, sample_attention
 from pretrain.config import ModelConfig
 
 POSITION_OFFSET = 2  # BART's and fairseq's learned tables keep their first two rows unused.

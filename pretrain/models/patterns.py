@@ -59,9 +59,7 @@ def causal(target: np.ndarray, memory: tuple[int, int], layout: ArLayout, term: 
     return Stream(tokens, np.arange(rows), segments, memory, (0, rows), target[layout.shift :], term)
 
 
-def ar_two_stream(
-    target: np.ndarray, memory: tuple[int, int], layout: ArLayout, term: int
-) -> tuple[Stream, Stream]:
+def ar_two_stream(target: np.ndarray, memory: tuple[int, int], layout: ArLayout, term: int) -> tuple[Stream, Stream]:
     """Content rows that are only read, and query rows that predict (SYSTEMS: content row i, query row i read 0..i)."""
     content = causal(target, memory, layout, term)
     rows = len(content.tokens)

@@ -5,19 +5,22 @@ Shapes: R rows, M memory rows (encoder output), L rows whose output is used, B s
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from parlance_kernels import SampleMask
 from torch import Tensor
+
+from parlance_kernels import SampleMask
 
 RowsT = TypeVar("RowsT", "SourceRows", "DecoderRows")
 
 
 def to_device(rows: RowsT, device: torch.device) -> RowsT:
     """Copies every tensor field to `device`; masks stay tables on the host."""
-    moved = {name: v.to(device, non_blocking=True) for name, v in vars(rows).items() if isinstance(v, Tensor)}
+    moved: dict[str, Any] = {
+        name: v.to(device, non_blocking=True) for name, v in vars(rows).items() if isinstance(v, Tensor)
+    }
     return replace(rows, **moved)
 
 
@@ -38,12 +41,12 @@ class SourceRows:
         starts = np.cumsum(lengths) - lengths
         rows = int(lengths.sum())
         sample = np.repeat(np.arange(len(sources)), lengths)
-        table = [(start, length, start, length) for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]
+        table = [
+            (start, length, start, length) for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+        ]
         mask = SampleMask.build([(*line, 0, 0, 0, 0) for line in table], rows)
         tokens = np.concatenate([*sources, np.empty(0, np.int64)])
-        return cls(
-            _int64(tokens), _int64(np.arange(rows) - starts[sample]), _int64(sample), len(sources), mask
-        )
+        return cls(_int64(tokens), _int64(np.arange(rows) - starts[sample]), _int64(sample), len(sources), mask)
 
     def memory_range(self, sample: int) -> tuple[int, int]:
         """(first row, number of rows) of a sample in the encoder output."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pretrain.models.encoder_decoder import EncoderDecoder
 from pretrain.models.patterns import ArLayout
 
 LossSums = dict[str, Tensor]
@@ -73,11 +74,11 @@ class Objective(Protocol):
         """{term: number of things its sum runs over}, known without a forward."""
         ...
 
-    def losses(self, model: nn.Module, batch: Any, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
+    def losses(self, model: EncoderDecoder, batch: Any, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
         """(differentiable sum of scale[term] * sum[term], detached unweighted sums per term)."""
         ...
 
-    def preview(self, model: nn.Module, batch: Any, limit: int) -> list[Preview]:
+    def preview(self, model: EncoderDecoder, batch: Any, limit: int) -> list[Preview]:
         """One-step predictions of the first `limit` samples, for people to read."""
         ...
 
@@ -89,7 +90,7 @@ class ObjectiveModule(nn.Module):
     therefore happens inside this forward.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: EncoderDecoder, objective: Objective) -> None:
         super().__init__()
         self.model = model
         self.objective = objective

@@ -5,13 +5,14 @@ Shapes: R rows, L rows with a loss, P tuples, K streams, B samples, T target tok
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.models import DecoderRows, SourceRows, Stream, VocabTargets, pack_streams
+from pretrain.models import DecoderRows, EncoderDecoder, SourceRows, Stream, VocabTargets, pack_streams
 from pretrain.models.rows import to_device
 from pretrain.objectives.base import Example, LossSums, Preview
 
@@ -47,7 +48,9 @@ class TokenBatch:
         return sum(self.n_target)
 
     def to(self, device: torch.device) -> "TokenBatch":
-        moved = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)
+        }
         return replace(self, source=to_device(self.source, device), rows=to_device(self.rows, device), **moved)
 
 
@@ -97,7 +100,7 @@ def pack_batch(
 
 
 def packed_losses(
-    model: nn.Module,
+    model: EncoderDecoder,
     batch: TokenBatch,
     scale: Mapping[str, float],
     ce_terms: Sequence[str],
@@ -134,7 +137,7 @@ def packed_losses(
 
 
 @torch.no_grad()
-def previews(model: nn.Module, batch: TokenBatch, modes: Sequence[str], limit: int) -> list[Preview]:
+def previews(model: EncoderDecoder, batch: TokenBatch, modes: Sequence[str], limit: int) -> list[Preview]:
     """What each term's rows predict in one step: argmax tokens put in place of the targets they stand for.
 
     modes: name of each cross-entropy term. Rows of `ar` see the true past, rows of `nar` the visible tokens.

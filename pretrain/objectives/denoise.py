@@ -5,9 +5,10 @@ from typing import Literal
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.config import Rate, Section
+from pretrain.models.encoder_decoder import EncoderDecoder
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, causal
 from pretrain.models.rows import SourceRows
@@ -35,7 +36,7 @@ class Denoise:
         self.options, self.ids, self.word_starts, self.length_classes = options, ids, word_starts, length_classes
         self.weights: Mapping[str, float] = {"ar": 1.0, "length": options.length_weight}
         self.layout = ArLayout.aligned(options.ar_layout, ids)
-        self.modes = ("causal",)
+        self.modes: Sequence[str] = ("causal",)
 
     def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> Example:
         return corrupt_text(tokens, self.options.corruption, self.ids, self.word_starts, rng)
@@ -54,8 +55,8 @@ class Denoise:
     def counts(self, batch: TokenBatch) -> dict[str, int]:
         return {"ar": batch.term_counts[0], "length": batch.n_samples}
 
-    def losses(self, model: nn.Module, batch: TokenBatch, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
+    def losses(self, model: EncoderDecoder, batch: TokenBatch, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
         return packed_losses(model, batch, scale, CE_TERMS, {}, self.options.label_smoothing)
 
-    def preview(self, model: nn.Module, batch: TokenBatch, limit: int) -> list[Preview]:
+    def preview(self, model: EncoderDecoder, batch: TokenBatch, limit: int) -> list[Preview]:
         return previews(model, batch, CE_TERMS, limit)

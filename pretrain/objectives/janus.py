@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.config import Fraction, Positive, Rate, Section
+from pretrain.models.encoder_decoder import EncoderDecoder
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, ar_two_stream, nar_aux
 from pretrain.models.rows import SourceRows
@@ -93,7 +94,7 @@ class Janus:
         aligned = ArLayout.aligned(options.ar_layout, ids)
         offset = options.ar_query_position_offset
         self.layout = aligned if offset is None else ArLayout(options.ar_layout, offset, ids)
-        self.modes = ("ar", "nar")
+        self.modes: Sequence[str] = ("ar", "nar")
 
     def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> Example:
         """Spans hidden in the decoder, some of them in the encoder too (JANUS, section 3.3)."""
@@ -123,10 +124,10 @@ class Janus:
         pairs = len(batch.tuple_PK) if self.options.kl_reduction == "own" else everything
         return {**ce, **dict.fromkeys(KL_TERMS, pairs), "length": batch.n_samples}
 
-    def losses(self, model: nn.Module, batch: TokenBatch, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
+    def losses(self, model: EncoderDecoder, batch: TokenBatch, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
         return packed_losses(model, batch, scale, CE_TERMS, KL_TERMS, self.options.label_smoothing)
 
-    def preview(self, model: nn.Module, batch: TokenBatch, limit: int) -> list[Preview]:
+    def preview(self, model: EncoderDecoder, batch: TokenBatch, limit: int) -> list[Preview]:
         return previews(model, batch, CE_TERMS, limit)
 
     def _streams(self, example: Example, ar_memory: tuple[int, int], nar_memory: tuple[int, int]) -> SampleStreams:

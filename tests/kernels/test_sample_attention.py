@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from parlance_kernels import SampleMask, available_backends, sample_attention
 from parlance_kernels.sample_attention.reference import sample_attention_reference
 from tests.kernels.test_sample_mask import masks, nar_aux_mask
@@ -38,7 +39,9 @@ def test_many_samples_share_a_buffer(lengths):
         row += n
     mask = SampleMask.build(segments, row)
     given_ = inputs(mask)
-    for a, b in zip(gradients(sample_attention, given_, mask), gradients(sample_attention_reference, given_, mask), strict=True):
+    for a, b in zip(
+        gradients(sample_attention, given_, mask), gradients(sample_attention_reference, given_, mask), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 

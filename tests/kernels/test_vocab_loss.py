@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from parlance_kernels import vocab_loss
 from parlance_kernels.vocab_loss.reference import vocab_loss_reference
 

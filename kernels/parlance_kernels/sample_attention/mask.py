@@ -93,8 +93,9 @@ class SampleMask:
         return (Segment(*map(int, line)) for line in self.table)
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, SampleMask) and self.n_keys == other.n_keys
-        return same and np.array_equal(self.table, other.table)  # type: ignore[union-attr]
+        if not isinstance(other, SampleMask):
+            return NotImplemented
+        return self.n_keys == other.n_keys and np.array_equal(self.table, other.table)
 
     def __hash__(self) -> int:
         return hash((self.n_keys, self.table.tobytes()))

@@ -8,6 +8,7 @@ Shapes: R rows, K keys, H heads, D head width, B members of a group, T rows or k
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -102,6 +103,7 @@ class _KeyBlocks:
         """Equally spaced members as a view: decoding reads its cache without copying it."""
         step = starts[1] - starts[0]
         first, stop = starts[0], starts[0] + step * len(starts)
-        if step < length or stop > self.x_KHD.shape[0] or any(b - a != step for a, b in zip(starts, starts[1:])):  # noqa: B905
+        uneven = any(b - a != step for a, b in pairwise(starts))
+        if uneven or step < length or stop > self.x_KHD.shape[0]:
             return None
         return self.x_KHD[first:stop].view(len(starts), step, *self.x_KHD.shape[1:])[:, :length]

@@ -1,0 +1,1 @@
+"""Projection onto the vocabulary, cross-entropy and symmetric KL in one operator."""

@@ -67,7 +67,7 @@ class _Terms(NamedTuple):
 
 class _VocabLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         h_RD: Tensor,
         weight_VD: Tensor,

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tests.pretrain.objectives.cases import IDS, examples, loss_and_gradients, tiny_model, unit_scale
 
 from pretrain.models import SourceRows, reference
 from pretrain.models.golden import golden
 from pretrain.models.patterns import ArLayout
 from pretrain.objectives import build
+from tests.pretrain.objectives.cases import IDS, examples, loss_and_gradients, tiny_model, unit_scale
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "pre"}, {"positions": "sinusoidal", "activation": "relu"}])

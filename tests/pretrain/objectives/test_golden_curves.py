@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.pretrain.objectives.cases import IDS, tiny_model, unit_scale
 
 from pretrain.objectives import build
+from tests.pretrain.objectives.cases import IDS, tiny_model, unit_scale
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 STEPS, SAMPLES = 20, 4

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tests.pretrain.objectives.cases import IDS, VOCAB, examples, loss_and_gradients, tiny_model, unit_scale
 
 from pretrain.objectives import Example, build, janus_reference
+from tests.pretrain.objectives.cases import IDS, VOCAB, examples, loss_and_gradients, tiny_model, unit_scale
 
 EVERY_TERM = {"ar": 1.0, "nar": 0.7, "aux": 0.9, "kl_ar_aux": 2.0, "kl_nar_aux": 1.5, "kl_ar_nar": 0.5, "length": 0.2}
 
@@ -91,9 +91,7 @@ def test_empty_and_unmasked_batches_are_finite_and_touch_every_parameter():
     model, janus = tiny_model(), objective()
     for given in ([], examples(sizes=((3, 4, 0),))):
         batch = janus.collate(given)
-        total, sums, gradients = loss_and_gradients(
-            model, lambda b=batch: janus.losses(model, b, unit_scale(janus, b))
-        )
+        total, sums, gradients = loss_and_gradients(model, lambda b=batch: janus.losses(model, b, unit_scale(janus, b)))
         assert torch.isfinite(total)
         assert float(sums["nar"]) == 0.0
         assert len(gradients) == len(list(model.named_parameters()))
@@ -127,7 +125,13 @@ def test_reductions_count_what_they_say():
     masked = sum(len(e.masked) for e in given)
     tokens = sum(len(e.target) - 1 for e in given)
     own = objective().counts(objective().collate(given))
-    assert own == {"ar": tokens, "nar": masked, "aux": masked, **dict.fromkeys(own.keys() - {"ar", "nar", "aux", "length"}, masked), "length": 4}
+    assert own == {
+        "ar": tokens,
+        "nar": masked,
+        "aux": masked,
+        **dict.fromkeys(own.keys() - {"ar", "nar", "aux", "length"}, masked),
+        "length": 4,
+    }
     everything = objective(ce_reduction="target_tokens", kl_reduction="target_tokens")
     counts = everything.counts(everything.collate(given))
     assert {v for k, v in counts.items() if k != "length"} == {tokens}

@@ -63,7 +63,9 @@ def test_decoder_hides_a_superset_of_the_encoder(n, seed, exact, words, insertio
     hidden = set(example.target[example.masked].tolist())
     assert set(tokens.tolist()) - shown <= hidden
     assert not {IDS.bos, IDS.eos} & hidden
-    again = corrupt_text(tokens, options, IDS, np.random.default_rng(seed).random(100 + n) < 0.4, np.random.default_rng(seed))
+    again = corrupt_text(
+        tokens, options, IDS, np.random.default_rng(seed).random(100 + n) < 0.4, np.random.default_rng(seed)
+    )
     assert all(np.array_equal(a, b) for a, b in zip(vars(example).values(), vars(again).values(), strict=True))
 
 

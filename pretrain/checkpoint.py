@@ -1,0 +1,116 @@
+"""Saving and resuming a run: engine state, random generators and progress, as one commit.
+
+    state.json, state-rank{r}.safetensors    the engine (engine_state.py)
+    rng-rank{r}.safetensors                  the generators of each rank
+    progress.json                            {"format", "step", "ranks", "progress": what the loop wants back}
+
+Every function here is collective. Rank 0 alone renames and deletes; an error on any rank is raised on all of them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pretrain import distributed, rng
+from pretrain.commit import Store, disk_errors
+from pretrain.distributed import World
+from pretrain.engine import Engine
+from pretrain.errors import CheckpointError, ParlanceError
+
+FORMAT = 1
+PROGRESS = "progress.json"
+
+
+def open_store(run_dir: str | Path) -> tuple[Store, list[str]]:
+    """Takes the run directory for this job and repairs what a killed one left there.
+
+    Returns:
+        the store and one line for each thing that was repaired or found damaged.
+
+    Raises:
+        CheckpointError: another job is using the directory.
+    """
+    store = Store(run_dir)
+
+    def begin() -> list[str]:
+        store.lock()
+        return store.recover()
+
+    lines: list[str] = distributed.rank_zero(begin)
+    return store, lines
+
+
+def save(store: Store, step: int, engine: Engine, world: World, progress: dict[str, Any], keep: int = 0) -> Path:
+    """Commits the whole state after `step` updates; then keeps the newest `keep` commits (0: all).
+
+    Args:
+        progress: what the loop needs to go on, as JSON.
+
+    Raises:
+        NonFiniteError: a weight or optimizer state is not finite; nothing is committed.
+        DiskError: the disk is full, over quota or read-only; earlier commits are intact.
+    """
+    staging = Path(distributed.rank_zero(lambda: str(store.begin(step))))
+    error: ParlanceError | None = None
+    try:
+        with disk_errors(staging):
+            engine.save_state(staging)
+            rng.save(staging / f"rng-rank{world.rank}.safetensors")
+            if world.rank == 0:
+                content = {"format": FORMAT, "step": step, "ranks": world.size, "progress": progress}
+                (staging / PROGRESS).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+    except ParlanceError as problem:
+        error = problem
+    try:
+        distributed.agree(error)
+        target = Path(distributed.rank_zero(lambda: str(store.commit(staging, step))))
+    except ParlanceError:
+        if world.rank == 0:
+            store.discard(staging)
+        raise
+    if keep:
+        distributed.rank_zero(lambda: store.retain(keep))
+    return target
+
+
+def load_latest(store: Store, engine: Engine, world: World, seed: int) -> dict[str, Any] | None:
+    """Resumes from the newest intact commit and returns its progress; None where nothing was ever committed.
+
+    Raises:
+        CheckpointError: every commit is damaged, or the newest intact one does not fit the model.
+    """
+
+    def find() -> str | None:
+        path = store.latest()
+        return None if path is None else str(path)
+
+    path = distributed.rank_zero(find)
+    return None if path is None else load(Path(path), engine, world, seed)
+
+
+def load(path: Path, engine: Engine, world: World, seed: int) -> dict[str, Any]:
+    """Sets engine and generators to those of the commit at `path` and returns its progress.
+
+    With the number of ranks it was saved with, each rank gets its own generators back and goes on bit by bit; with
+    another number they are seeded from (seed, step, rank).
+    """
+    engine.load_state(path)
+    error: ParlanceError | None = None
+    progress: dict[str, Any] = {}
+    try:
+        content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"`{path / PROGRESS}`: `format` must be {FORMAT}, is {content['format']!r}")
+        if content["ranks"] == world.size:
+            rng.restore(path / f"rng-rank{world.rank}.safetensors")
+        else:
+            rng.seed(seed, content["step"], world.rank)
+        progress = dict(content["progress"])
+    except CheckpointError as problem:
+        error = problem
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as problem:
+        error = CheckpointError(f"`{path}` cannot be read: {type(problem).__name__}: {' '.join(str(problem).split())}")
+    distributed.agree(error)
+    return progress
