@@ -67,8 +67,7 @@ def save(store: Store, step: int, engine: Engine, world: World, progress: dict[s
         distributed.agree(error)
         target = Path(distributed.rank_zero(lambda: str(store.commit(staging, step))))
     except ParlanceError:
-        if world.rank == 0:
-            store.discard(staging)
+        distributed.rank_zero(lambda: store.discard(staging))
         raise
     if keep:
         distributed.rank_zero(lambda: store.retain(keep))
@@ -111,6 +110,7 @@ def load(path: Path, engine: Engine, world: World, seed: int) -> dict[str, Any]:
     except CheckpointError as problem:
         error = problem
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as problem:
-        error = CheckpointError(f"`{path}` cannot be read: {type(problem).__name__}: {' '.join(str(problem).split())}")
+        reason = " ".join(str(problem).split())
+        error = CheckpointError(f"`{path}` cannot be read: {type(problem).__name__}: {reason}")
     distributed.agree(error)
     return progress

@@ -211,7 +211,7 @@ class Store:
     def _point(self, target: Path) -> None:
         self._write(self.run_dir / "latest.new", f"{target.name}\n".encode())
         self._hook("replace", self.run_dir / "latest")
-        os.replace(self.run_dir / "latest.new", self.run_dir / "latest")
+        (self.run_dir / "latest.new").replace(self.run_dir / "latest")
         self._sync(self.run_dir)
 
     def _good(self, path: Path) -> bool:

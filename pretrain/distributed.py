@@ -80,9 +80,7 @@ def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
     keys = sorted(counts)
     totals = torch.tensor([float(counts[key]) for key in keys], dtype=torch.float64)
     summed = _all_reduce(totals, dist.ReduceOp.SUM).tolist()
-    return {
-        key: int(value) if isinstance(counts[key], int) else value for key, value in zip(keys, summed, strict=True)
-    }
+    return {key: int(value) if isinstance(counts[key], int) else value for key, value in zip(keys, summed, strict=True)}
 
 
 def any_rank(flag: bool) -> bool:

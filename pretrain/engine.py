@@ -1,8 +1,8 @@
 """The engine: the one place that runs forward, backward and the update, whatever computes them underneath.
 
-Two implementations: `LocalEngine` (plain torch) and `DeepSpeedEngine` (ZeRO 0-3). What they share is here; their state on
-disk (full fp32 tensors by parameter name) is the same too, so that a run moves between them, between ZeRO stages and
-between numbers of ranks without a conversion.
+Two implementations: `LocalEngine` (plain torch) and `DeepSpeedEngine` (ZeRO 0-3). What they share is here; their state
+on disk (full fp32 tensors by parameter name) is the same too, so that a run moves between them, between ZeRO stages
+and between numbers of ranks without a conversion.
 """
 
 from abc import ABC, abstractmethod

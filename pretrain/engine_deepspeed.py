@@ -26,6 +26,8 @@ from pretrain.objectives.base import LossSums, ObjectiveModule
 from pretrain.optim import MOMENTS, adamw, create_state, parameter_groups
 
 BUCKET = 50_000_000
+# of ZeRO-3; of ZeRO-1 and 2; of the optimizer that deepspeed takes for bf16 with ZeRO-1
+MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -152,17 +154,17 @@ class DeepSpeedEngine(Engine):
                 setattr(self._zero.loss_scaler, key, state[key])
 
     def _loss_scale(self) -> float | None:
-        scaler = getattr(self._zero, "loss_scaler", None)
+        scaler: Any = getattr(self._zero, "loss_scaler", None)
         return float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None
 
     def _flat(self) -> list[Tensor]:
         """The tensors that AdamW updates: this rank's flat share of the master weights, or the weights themselves."""
         if self._stage == 0:
             return list(self.module.parameters())
-        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-            if hasattr(self._zero, attribute):  # stage 3; stages 1 and 2; bf16 with stage 1
+        for attribute in MASTERS:
+            if hasattr(self._zero, attribute):
                 return list(getattr(self._zero, attribute))
-        raise TypeError(f"{type(self._zero).__name__} keeps its master weights where this version does not look")
+        raise TypeError(f"{type(self._zero).__name__} must keep its master weights in one of {', '.join(MASTERS)}")
 
     # ---------------------------------------------------------- implementation
 

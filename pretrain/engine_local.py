@@ -28,13 +28,12 @@ class LocalEngine(Engine):
         self.module, self.world = module, world
         self._clip = optim.clip
         groups = parameter_groups(module, optim.weight_decay)
+        masters: dict[Tensor, Tensor] = {p: p for p in module.parameters()}
         if config.precision == "bf16":
             masters = {p: p.detach().clone().requires_grad_() for p in module.parameters()}
             for parameter in module.parameters():  # buffers stay as they are, as in deepspeed
                 parameter.data = parameter.data.bfloat16()
-        else:
-            masters = {p: p for p in module.parameters()}
-        self._masters: dict[Tensor, Tensor] = masters
+        self._masters = masters
         for group in groups:
             group["params"] = [masters[p] for p in group["params"]]
         self._adam = adamw(groups, optim)

@@ -1,10 +1,10 @@
 """Engine state on disk: full fp32 tensors by parameter name, cut into one safetensors file per rank, and no pickle.
 
-    state.json                    {"format", "ranks", "updates", "loss_scale", "parameters": {name: shape}, "buffers": [name]}
-    state-rank{r}.safetensors     param/NAME, exp_avg/NAME, exp_avg_sq/NAME for every ranks-th parameter; rank 0: buffer/NAME
+    state.json                 {"format", "ranks", "updates", "loss_scale", "parameters": {name: shape}, "buffers"}
+    state-rank{r}.safetensors  param/NAME, exp_avg/NAME, exp_avg_sq/NAME of every ranks-th parameter, buffer/NAME
 
-Nothing in it depends on the engine, the ZeRO stage or the number of ranks that wrote it. The tensors are written as they
-are in memory (fp32; float64 where a local run computes in it).
+Nothing in it depends on the engine, the ZeRO stage or the number of ranks that wrote it. The tensors are written as
+they are in memory (fp32; float64 where a local run computes in it).
 """
 
 import errno
@@ -41,14 +41,15 @@ def save(engine: "Engine", folder: Path) -> None:
     rank, size = engine.world.rank, engine.world.size
     shapes = engine.shapes()
     mine: dict[str, Tensor] = {}
+    bad: str | None = None
     for index, name in enumerate(shapes):
         state = engine.read(name)
+        bad = bad or next((f"{key}/{name}" for key in KEYS if not torch.isfinite(state[key]).all()), None)
         if index % size == rank:
             mine |= {f"{key}/{name}": state[key].contiguous() for key in KEYS}
     buffers = engine.buffers()
     if rank == 0:
         mine |= {f"buffer/{name}": buffer.cpu().contiguous() for name, buffer in buffers.items()}
-    bad = next((key for key, value in mine.items() if not torch.isfinite(value).all()), None)
     distributed.agree(NonFiniteError(f"`{bad}` is not finite: the state is not saved") if bad else None)
     try:
         save_file(mine, folder / _part(rank))
@@ -89,7 +90,8 @@ def load(engine: "Engine", folder: Path) -> None:
     except CheckpointError as problem:
         error = problem
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as problem:
-        error = CheckpointError(f"`{folder}` cannot be read: {type(problem).__name__}: {' '.join(str(problem).split())}")
+        reason = " ".join(str(problem).split())
+        error = CheckpointError(f"`{folder}` cannot be read: {type(problem).__name__}: {reason}")
     distributed.agree(error)
     engine.refresh()
 

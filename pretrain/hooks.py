@@ -16,6 +16,7 @@ from pretrain.engine import Engine
 from pretrain.errors import Requeue
 from pretrain.loop import Progress, StepReport, global_counts, global_means, weighted
 from pretrain.objectives import Preview
+from pretrain.progress import terms
 from pretrain.tensorboard import TensorBoard
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -41,8 +42,8 @@ class Validation:
         if self.board:
             self.board.scalars(report.step, values)
         if self.note:
-            terms = " ".join(f"{term} {value:.3f}" for term, value in losses.items())
-            self.note(f"valid at step {report.step}: loss {values['valid/total']:.3f} ({terms})")
+            parts = terms(losses, objective.weights)
+            self.note(f"valid at step {report.step}: loss {values['valid/total']:.2f} ({parts})")
 
 
 class TextSamples:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import torch
+
 from pretrain.distributed import sum_counts
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError, NonFiniteError
@@ -47,7 +49,7 @@ class Progress:
 class StepReport:
     """What one update was, the same on every rank but for the two times.
 
-    losses: {term: global mean} of the terms that occurred. total: their weighted sum. counts: {term: global count}.
+    losses: {term: global mean} of the terms that occurred. weights: {term: factor}. counts: {term: global count}.
     grad_norm: before clipping. applied: False where fp16 overflowed and the update was skipped.
     samples, tokens: of this update over all ranks. seconds, wait_seconds: of this rank, the second for data alone.
     """
@@ -55,7 +57,7 @@ class StepReport:
     progress: Progress
     last: bool
     losses: Mapping[str, float]
-    total: float
+    weights: Mapping[str, float]
     counts: Mapping[str, int]
     lr: float
     grad_norm: float
@@ -69,6 +71,11 @@ class StepReport:
     @property
     def step(self) -> int:
         return self.progress.step
+
+    @property
+    def total(self) -> float:
+        """The number that training makes smaller."""
+        return weighted(self.losses, self.weights)
 
     def due(self, every: int) -> bool:
         """True at each multiple of `every` updates and at the last one; never for 0."""
@@ -115,7 +122,9 @@ def fit(
     objective = engine.module.objective
     while progress.step < steps:
         started = time.perf_counter()
-        window = next(windows)
+        # A reader draws from torch's generator when it starts, so a resumed run would have other dropout than this one.
+        with torch.random.fork_rng(devices=[]):
+            window = next(windows)
         waited = time.perf_counter() - started
         step = progress.step + 1
 
@@ -143,7 +152,7 @@ def fit(
             progress=progress,
             last=step == steps,
             losses=losses,
-            total=weighted(losses, objective.weights),
+            weights=objective.weights,
             counts=counts,
             lr=lr,
             grad_norm=result.grad_norm,
@@ -177,5 +186,5 @@ def global_means(sums: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str
 
 
 def weighted(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The number that training makes smaller: every term's mean times its weight."""
+    """Sum of every term's mean times its weight."""
     return sum(weights[term] * value for term, value in losses.items())

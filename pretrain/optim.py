@@ -18,7 +18,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     Biases, LayerNorm weights and anything else with fewer than two dimensions, and position embeddings are
     not decayed. A tied weight appears once. An empty group is left out.
     """
-    decayed, undecayed = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             spared = parameter.ndim < 2 or "position" in name
@@ -39,7 +40,7 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     """Learning rate of the update that follows `step` applied ones (0 for the first of the run).
 
     Linear warm-up to `lr` over `warmup` updates, then
-    `constant`: lr; `inverse_sqrt`: lr * sqrt(w / (w + updates since warm-up)) with w = max(warmup, 1), not below end_lr;
+    `constant`: lr; `inverse_sqrt`: lr * sqrt(w / (w + updates since warm-up)), w = max(warmup, 1), at least end_lr;
     `polynomial`: end_lr + (lr - end_lr) * remaining**power; `cosine`: half a cosine from lr to end_lr; remaining falls
     linearly from 1 right after the warm-up to 0 after `total_steps` and stays there.
     """

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -84,11 +85,15 @@ class Console:
 
 def describe(report: StepReport, rates: Rates) -> str:
     """`loss 7.91 (ar 6.20 nar 9.80) grad 3.1 12.0k tok/s data 2%`."""
-    terms = " ".join(f"{term} {value:.2f}" for term, value in report.losses.items())
     return (
-        f"loss {report.total:.2f} ({terms}) grad {report.grad_norm:.1f} "
+        f"loss {report.total:.2f} ({terms(report.losses, report.weights)}) grad {report.grad_norm:.1f} "
         f"{short(rates.tokens_per_second)} tok/s data {rates.wait_fraction:.0%}"
     )
+
+
+def terms(losses: Mapping[str, float], weights: Mapping[str, float]) -> str:
+    """`ar 6.20 nar 9.80`: the terms that training is pulled by."""
+    return " ".join(f"{term} {value:.3g}" for term, value in losses.items() if weights[term])
 
 
 def short(number: float) -> str:

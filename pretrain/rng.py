@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 def save(path: Path) -> None:
     """Writes the state of every generator of this process as a safetensors file."""
-    _, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    _, keys, position, has_gauss, cached = np.random.get_state()
     version, words, gauss = random.getstate()
     tensors = {
         "torch": torch.get_rng_state(),
@@ -27,7 +27,7 @@ def save(path: Path) -> None:
 
 
 def restore(path: Path) -> None:
-    """Sets every generator to what `save` wrote; raises OSError, KeyError, ValueError or SafetensorError if unreadable."""
+    """Sets every generator to what `save` wrote; raises OSError, KeyError, ValueError or SafetensorError."""
     with safe_open(path, framework="pt") as file:
         rest: dict[str, Any] = json.loads(file.metadata()["rest"])
         torch.set_rng_state(file.get_tensor("torch"))

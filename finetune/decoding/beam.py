@@ -61,8 +61,9 @@ def beam_search(
         steps = options.max_length - 1
         for step in range(1, steps + 1):
             logits_NV = state.step(history_SKT[:, :, -1].flatten())
-            width = 1 if step == steps else min(2 * options.beam, logits_NV.shape[1])
-            score_SC, parent_SC, token_SC = _continuations(model, logits_NV, score_SK, width, step == steps)
+            score_SC, parent_SC, token_SC = _continuations(
+                model, logits_NV, score_SK, most=2 * options.beam, end=step == steps
+            )
             ends_SC = token_SC == model.ids.eos
             ended.add(alive_S, score_SC, parent_SC, ends_SC, history_SKT, options)
             kept_SK = _first_open(ends_SC, options.beam)
@@ -127,23 +128,24 @@ class _Ended:
 
 
 def _continuations(
-    model: EncoderDecoder, logits_NV: Tensor, score_SK: Tensor, width: int, end: bool
+    model: EncoderDecoder, logits_NV: Tensor, score_SK: Tensor, most: int, end: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best continuations of each source, best first: score_SC, parent_SC (hypothesis of the source), token_SC.
+    """Up to `most` continuations of each source, best first: score_SC, parent_SC (its hypothesis), token_SC.
 
-    `end` allows EOS alone. The log-softmax is never written out: only the `width` best logits of a row are normalised.
+    `end` allows EOS alone. The log-softmax is never written out: only the `most` best logits of a row are normalised.
+    Twice the beam is enough, because at most every second of them ends.
     """
-    ids, (sources, hypotheses) = model.ids, score_SK.shape
+    ids, sources = model.ids, len(score_SK)
     logits_NV = logits_NV.to(score_SK.dtype)
     total_N1 = logits_NV.logsumexp(dim=1, keepdim=True)
     if end:
         value_NC, token_NC = logits_NV[:, ids.eos, None], torch.full_like(total_N1, ids.eos, dtype=torch.int64)
     else:
         logits_NV[:, [ids.bos, ids.pad, ids.mask, ids.unk]] = -torch.inf
-        value_NC, token_NC = logits_NV.topk(width, dim=1)
+        value_NC, token_NC = logits_NV.topk(min(most, logits_NV.shape[1]), dim=1)
     all_SC = (score_SK.view(-1, 1) + value_NC - total_N1).view(sources, -1)
-    score_SC, at_SC = all_SC.topk(min(all_SC.shape[1], max(width, hypotheses)), dim=1)
-    return score_SC, at_SC // width, token_NC.view(sources, -1).gather(1, at_SC)
+    score_SC, at_SC = all_SC.topk(min(most, all_SC.shape[1]), dim=1)
+    return score_SC, at_SC // token_NC.shape[1], token_NC.view(sources, -1).gather(1, at_SC)
 
 
 def _first_open(ends_SC: Tensor, beam: int) -> Tensor:

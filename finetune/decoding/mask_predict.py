@@ -154,16 +154,16 @@ class _Candidates:
         positions_R = order_CT.view(-1)[self._tensor(row_R + within_R)]
         cell_R = self._tensor(row_R) + positions_R
         tokens_R = self.tokens_CT.masked_fill(self.hidden_CT, self.model.ids.mask).view(-1)[cell_R]
-        n_keys = len(within_R)
+        n_keys, memory = len(within_R), (self.range_C2[active_A, 0], self.range_C2[active_A, 1])
         rows = DecoderRows(
             tokens_R,
             positions_R,
             n_keys,
             _full(start_A, length_A, start_A, length_A, n_keys),
-            _full(start_A, length_A, *self.range_C2[active_A].T, self.n_memory),
+            _full(start_A, length_A, *memory, self.n_memory),
             self._tensor(out_L),
             _full(out_start_A, hidden_A, start_A, length_A, n_keys),
-            _full(out_start_A, hidden_A, *self.range_C2[active_A].T, self.n_memory),
+            _full(out_start_A, hidden_A, *memory, self.n_memory),
         )
         return rows, cell_R
 

@@ -4,7 +4,7 @@ import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 LINE_SECONDS = 5.0
 

@@ -5,8 +5,8 @@ spread evenly: going through the sources, source s takes position t of what the 
 floor(t * share / left) steps up. By default the share of a source is its size, so a cycle is an epoch that has
 every sample once. With weights, the d-th draw of a source is draw d mod size of its epoch d // size.
 
-Block shuffle. A source is cut into blocks of consecutive samples. In each epoch the blocks are permuted, and samples are
-shuffled inside groups of `GROUP_BLOCKS` successive permuted blocks: reads stay nearly sequential. Permutations
+Block shuffle. A source is cut into blocks of consecutive samples. In each epoch the blocks are permuted, and samples
+are shuffled inside groups of `GROUP_BLOCKS` successive permuted blocks: reads stay nearly sequential. Permutations
 are arg-sorts of splitmix64 hashes, so they are the same on every machine and numpy version.
 """
 

@@ -86,7 +86,7 @@ class SampleStream:
         """
         self.corpus, self.objective, self.seed, self.batch, self.workers = corpus, objective, seed, batch, workers
         self.order = BlendedOrder(corpus.sizes, weights, seed)
-        self.valid = valid if valid is not None and sum(valid.sizes) else None
+        self.valid = valid if valid is not None and any(valid.sizes) else None
         batch.check(max(corpus.longest, self.valid.longest if self.valid else 0))
 
     def epoch(self, position: int) -> float:

@@ -7,7 +7,8 @@ Shapes: N hypotheses, L rows of a hypothesis, R rows of a step, M memory rows, D
 V vocabulary.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from parlance_kernels import SampleMask
 from pretrain.models.encoder_decoder import EncoderDecoder
+from pretrain.models.layers import DecoderLayer
 from pretrain.models.patterns import ArLayout
 from pretrain.models.rows import DecoderRows, SourceRows
 
@@ -24,7 +26,7 @@ StreamName = Literal["query", "content"]
 
 def project_memory(model: EncoderDecoder, memory_MD: Tensor) -> list[KeysValues]:
     """Cross-attention keys and values [M, H, E] of every decoder layer."""
-    return [layer.encoder_attn.keys_values(memory_MD) for layer in model.decoder.layers]
+    return [layer.encoder_attn.keys_values(memory_MD) for layer in _layers(model)]
 
 
 def decode_over(model: EncoderDecoder, rows: DecoderRows, memory: list[KeysValues]) -> Tensor:
@@ -33,8 +35,8 @@ def decode_over(model: EncoderDecoder, rows: DecoderRows, memory: list[KeysValue
     Refinement decodes over the same source many times; the projection of the source is then paid once.
     """
     x_RD = model.decoder.embed(model.shared(rows.tokens_R) * model.scale, rows.positions_R)
-    last = len(model.decoder.layers) - 1
-    for index, layer in enumerate(model.decoder.layers):
+    last = len(memory) - 1
+    for index, layer in enumerate(_layers(model)):
         y_RD = layer.self_attn_layer_norm(x_RD) if layer.pre_norm else x_RD
         keys = layer.self_attn.keys_values(y_RD[: rows.n_keys])
         masks = rows.self_mask, rows.cross_mask
@@ -96,7 +98,7 @@ class IncrementalDecoder:
         x_RD = self._embed(tokens_N)
         self.length += 1
         last = len(self.cache) - 1
-        for index, layer in enumerate(model.decoder.layers):
+        for index, layer in enumerate(_layers(model)):
             y_RD = layer.self_attn_layer_norm(x_RD) if layer.pre_norm else x_RD
             k_NHE, v_NHE = layer.self_attn.keys_values(y_RD[::per_step])
             k_NLHE, v_NLHE = (buffer[:hypotheses] for buffer in self.cache[index])
@@ -146,3 +148,7 @@ class IncrementalDecoder:
             table = [(n * rows, rows, *self.ranges_B2[o], 0, 0, 0, 0) for n, o in enumerate(self.owner_N)]
             self.cross_masks[rows] = SampleMask.build(table, self.n_memory).merged()
         return self.cross_masks[rows]
+
+
+def _layers(model: EncoderDecoder) -> Sequence[DecoderLayer]:
+    return cast(Sequence[DecoderLayer], model.decoder.layers)

@@ -14,7 +14,7 @@ def tiny_model(vocab: int = 40, seed: int = 0, **changes: object) -> EncoderDeco
     """float64, eval mode, weights large enough for distinct decisions."""
     options: dict[str, object] = {
         "vocab_size": vocab, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "heads": 2, "ffn_dim": 32,
-        "max_positions": 40, "length_classes": 32, "init_std": 0.5,
+        "max_positions": 64, "length_classes": 32, "init_std": 0.5,
     }  # fmt: skip
     torch.manual_seed(seed)
     return EncoderDecoder(ModelConfig(**{**options, **changes}), IDS, backend="torch").double().eval()

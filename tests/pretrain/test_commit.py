@@ -41,7 +41,8 @@ def save(store: Store, step: int) -> None:
     store.commit(staging, step)
 
 
-def step_of(path: Path) -> int:
+def step_of(path: Path | None) -> int:
+    assert path is not None
     step = int(path.name.removeprefix("step-"))
     assert {p.name: p.read_bytes() for p in path.iterdir() if p.name != "manifest.json"} == content(step)
     return step
@@ -217,7 +218,7 @@ time.sleep(60)
 def test_two_jobs_and_a_stale_lock(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
-        assert other.stdout.readline() == "held\n"
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(CheckpointError, match=rf"one job at a time, is in use by host \S+ pid {other.pid}"):
             Store(tmp_path).lock()
     finally:

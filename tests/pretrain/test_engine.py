@@ -16,7 +16,7 @@ from pretrain.engine import build
 from pretrain.engine_deepspeed import derive, merge
 from pretrain.errors import ConfigError
 from tests.distributed_helper import run_ranks
-from tests.pretrain.toy_engine import OPTIM, toy_engine, toy_module, toy_train, toy_window
+from tests.pretrain.toy_engine import OPTIM, ToyBatch, toy_engine, toy_module, toy_train, toy_window
 
 FP32 = [("local", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 BF16 = [("local", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
@@ -47,7 +47,9 @@ def curves(world: World, kind: str, stage: int, precision: str) -> dict[str, Any
     sums = engine.evaluate(toy_window(3)[world.rank :: world.size])
     found["evaluate"] = {name: float(value) for name, value in sums.items()}
     found["training"] = engine.module.training
-    found["touched"] = [name for name, value in numpy_weights(engine).items() if not np.array_equal(value, before[name])]
+    found["touched"] = [
+        name for name, value in numpy_weights(engine).items() if not np.array_equal(value, before[name])
+    ]
     found["updates"] = engine.updates
     found["final"] = numpy_weights(engine)
     return found
@@ -98,11 +100,13 @@ def judge() -> dict[str, Any]:
     for step in range(6):
         adam.zero_grad()
         ids_n = torch.cat([batch.ids_n for batch in toy_window(step)])
-        batch = type(toy_window(step)[0])(ids_n)
+        batch = ToyBatch(ids_n, toy_window(step)[0].rare)
         counts = module.objective.counts(batch)
         total, sums = module(batch, {name: w / counts[name] for name, w in module.objective.weights.items()})
         total.backward()
-        module.model.idle.weight.grad = torch.zeros_like(module.model.idle.weight)
+        if not batch.rare:
+            assert module.model.rare.weight.grad is None
+            module.model.rare.weight.grad = torch.zeros_like(module.model.rare.weight)
         norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)))
         curve.append(float(sums["ce"]))
         adam.step()
@@ -140,7 +144,9 @@ def test_a_nan_on_one_rank_is_never_applied(case: Case, pair: list[dict[str, Any
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_engines_agree_after_a_skipped_update(precision: str, pair: list[dict[str, Any]], single: dict[str, Any]) -> None:
+def test_engines_agree_after_a_skipped_update(
+    precision: str, pair: list[dict[str, Any]], single: dict[str, Any]
+) -> None:
     cases = [case for case in CASES if case[2] == precision]
     wanted = single[str(cases[0])]["final"]
     for case in cases:
@@ -161,9 +167,6 @@ def test_what_every_engine_promises(case: Case, pair: list[dict[str, Any]], judg
     rounded = master if case[2] == "fp32" else master.bfloat16().float()
     assert np.array_equal(first["forward"], rounded.numpy())
     assert first["evaluate"]["ce"] > 0
-    # decayed although no term touches it, and by nothing else: the first-moment of another window would move it more
-    idle = judge["start"]["model.idle.weight"].numpy() * (1 - 0.01 * 0.1) ** 9
-    np.testing.assert_allclose(first["final"]["model.idle.weight"], idle, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["offload optimizer 1", "offload optimizer 2", "offload optimizer 3", "offload all 3"])

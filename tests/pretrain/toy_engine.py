@@ -1,4 +1,4 @@
-"""A model small enough to train on every engine in a second: tied head, dropout, a bias and a weight no term touches.
+"""A model small enough to train on every engine in a second: tied head, dropout, a weight that only some windows touch.
 
 n rows, V vocabulary, D width.
 """
@@ -20,9 +20,10 @@ OPTIM = OptimConfig(lr=0.01, clip=0.5, weight_decay=0.1)
 
 @dataclass(frozen=True)
 class ToyBatch:
-    """ids_n: int64 [n]; every id predicts its successor in the vocabulary."""
+    """ids_n: int64 [n]; every id predicts its successor in the vocabulary. `rare`: the loss reaches `model.rare`."""
 
     ids_n: Tensor
+    rare: bool
 
     @property
     def n_samples(self) -> int:
@@ -31,7 +32,7 @@ class ToyBatch:
     n_tokens = n_samples
 
     def to(self, device: torch.device) -> "ToyBatch":
-        return ToyBatch(self.ids_n.to(device))
+        return ToyBatch(self.ids_n.to(device), self.rare)
 
 
 class ToyModel(nn.Module):
@@ -42,16 +43,18 @@ class ToyModel(nn.Module):
         self.shared = nn.Embedding(7, width)
         self.norm = nn.LayerNorm(width)
         self.inner = nn.Linear(width, width)
-        self.idle = nn.Linear(3, width, bias=False)
+        self.rare = nn.Linear(width, 3, bias=False)
         self.head = nn.Linear(width, 7)
         self.head.weight = self.shared.weight
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("constant_V", torch.linspace(0.0, 1.0, 7))
 
-    def forward(self, ids_n: Tensor) -> Tensor:
+    def forward(self, ids_n: Tensor, rare: bool) -> Tensor:
         h_nD = self.norm(self.shared(ids_n))
         h_nD = h_nD + self.dropout(torch.tanh(self.inner(h_nD)))
-        return self.head(h_nD) + self.constant_V
+        rare_n1 = self.rare(h_nD).sum(-1, keepdim=True)  # computed always: ranks must call the same modules
+        logits_nV = self.head(h_nD) + self.constant_V
+        return logits_nV * (1 + rare_n1) if rare else logits_nV
 
 
 class ToyObjective:
@@ -69,7 +72,7 @@ class ToyObjective:
         return {"ce": len(batch.ids_n), "penalty": int((batch.ids_n % 2 == 0).sum())}
 
     def losses(self, model: nn.Module, batch: ToyBatch, scale: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_nV = model(batch.ids_n).float()
+        logits_nV = model(batch.ids_n, batch.rare).float()
         even_n = (batch.ids_n % 2 == 0).float()
         terms = {
             "ce": F.cross_entropy(logits_nV, (batch.ids_n + 1) % 7, reduction="sum"),
@@ -85,10 +88,10 @@ def toy_module(dropout: float = 0.0, seed: int = 0, width: int = 5) -> Objective
 
 
 def toy_window(step: int) -> list[ToyBatch]:
-    """The micro-batches of a step: of uneven sizes, the last one empty, their number depends on the step."""
+    """The micro-batches of a step: of uneven sizes, the last one empty, number and rareness depend on the step."""
     rng = np.random.default_rng(step)
     sizes = [*rng.integers(1, 9, size=(5, 1, 3)[step % 3]), 0]
-    return [ToyBatch(torch.from_numpy(rng.integers(0, 7, size=size))) for size in sizes]
+    return [ToyBatch(torch.from_numpy(rng.integers(0, 7, size=size)), step % 4 == 0) for size in sizes]
 
 
 def toy_train(engine: Any, steps: range, rate: float = 0.01, poison: tuple[int, int] = (-1, -1)) -> list[Any]:
@@ -110,7 +113,9 @@ def toy_train(engine: Any, steps: range, rate: float = 0.01, poison: tuple[int, 
     return results
 
 
-def toy_engine(world: Any, kind: str, stage: int = 0, precision: str = "fp32", dropout: float = 0.0, **more: Any) -> Any:
+def toy_engine(
+    world: Any, kind: str, stage: int = 0, precision: str = "fp32", dropout: float = 0.0, **more: Any
+) -> Any:
     from pretrain.engine import build
 
     config = EngineConfig(kind=kind, zero_stage=stage, precision=precision, offload=more.pop("offload", "none"))  # type: ignore[arg-type]

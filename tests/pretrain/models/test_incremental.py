@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from pretrain.config import ModelConfig
 from pretrain.models import EncoderDecoder, SourceRows, SpecialIds, pack_streams
 from pretrain.models.incremental import IncrementalDecoder, decode_over, project_memory

@@ -1,0 +1,145 @@
+"""`generate`: texts for the lines of a file, in batches of similar length, in the order of the input."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune import runners
+from finetune.corpus import enclose
+from finetune.decoding import Generated
+from finetune.runners import Runner
+from finetune.tasks import one_line
+from finetune.tasks.pairs import read_lines
+from pretrain import distributed
+from pretrain.bundle import Bundle, load_bundle
+from pretrain.data.files import write_atomic
+from pretrain.data.tokenizer import TextTokenizer
+from pretrain.errors import DataError, UsageError
+from pretrain.models import EncoderDecoder, SourceRows, SpecialIds
+from pretrain.models.rows import to_device
+
+# What a bundle must be able to do for each --mode; plain BART writes left to right on its content stream.
+NEEDS = {"ar": ("ar", "causal"), "nar": ("nar",)}
+STANDARD = "-"
+
+
+@dataclass(frozen=True)
+class Written:
+    """The texts of some sources and what they cost.
+
+    texts: one line each. passes: decoder passes of each batch. seconds: encoding and decoding, without tokenisation.
+    cut: sources shortened to the model's positions. repeats: tokens that `dedup` removed.
+    """
+
+    texts: list[str]
+    passes: list[int]
+    seconds: float
+    cut: int = 0
+    repeats: int = 0
+
+    def report(self) -> str:
+        """One line for people: passes, speed and whatever was done to the texts."""
+        lines = len(self.texts)
+        passes = f"{min(self.passes)} to {max(self.passes)}" if len(set(self.passes)) > 1 else f"{self.passes[0]}"
+        notes = f", {self.cut} sources cut to the model's positions" if self.cut else ""
+        notes += f", dedup removed {self.repeats} tokens" if self.repeats else ""
+        return (
+            f"{lines} sentences in {len(self.passes)} batch(es), {passes} decoder passes a batch, "
+            f"{lines / self.seconds:.1f} sentences/s, {1000 * self.seconds / lines:.2f} ms a sentence{notes}"
+        )
+
+
+def write_texts(
+    model: EncoderDecoder,
+    tokenizer: TextTokenizer,
+    runner: Runner,
+    sources: Sequence[str],
+    batch_tokens: int = 4096,
+    dedup: bool = False,
+) -> Written:
+    """Generates for every source, longest first, in batches of at most `batch_tokens` source tokens.
+
+    The texts do not depend on how sources are batched. dedup: leave out a token equal to the one before it.
+    """
+    ids, limit = model.ids, model.config.max_positions
+    device = model.shared.weight.device
+    encoded = tokenizer.encode_batch([one_line(source) for source in sources])
+    rows = [enclose(tokens[: limit - 2], ids) for tokens in encoded]
+    texts, passes, seconds, repeats = [""] * len(rows), [], 0.0, 0
+    for batch in batches([len(row) for row in rows], batch_tokens):
+        source = to_device(SourceRows.pack([rows[index] for index in batch]), device)
+        started = time.perf_counter()
+        made: Generated = runner.generate(model, source)  # results are on the host, so the device is done
+        seconds += time.perf_counter() - started
+        passes.append(made.passes)
+        for index, tokens in zip(batch, made.tokens, strict=True):
+            kept = without_repeats(tokens) if dedup else tokens
+            repeats += len(tokens) - len(kept)
+            texts[index] = one_line(tokenizer.decode(kept))
+    return Written(texts, passes, seconds, sum(len(tokens) > limit - 2 for tokens in encoded), repeats)
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices, longest first, in groups whose number times longest length stays within `batch_tokens`."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // lengths[order[start]])
+        yield order[start : start + count]
+        start += count
+
+
+def without_repeats(tokens: np.ndarray) -> np.ndarray:
+    """`tokens` without those equal to the one before them."""
+    return np.array([token for token, _ in groupby(tokens.tolist())], dtype=tokens.dtype)
+
+
+def generate(
+    bundle_path: str,
+    mode: str,
+    source_file: str,
+    target_file: str,
+    options: Mapping[str, Any],
+    batch_tokens: int = 4096,
+    dedup: bool = False,
+    device: str = "auto",
+) -> Written:
+    """Reads lines, writes as many, and prints passes and speed on stderr. `-` is stdin or stdout.
+
+    options: of the mode's decoder.
+
+    Raises:
+        UsageError: the bundle cannot write in `mode`.
+        CheckpointError, ConfigError, DataError: a bad bundle, option or input.
+    """
+    bundle = load_bundle(bundle_path)
+    modes = bundle.description.modes
+    if not set(NEEDS[mode]) & set(modes):
+        raise UsageError(f"`--mode` {mode} needs a bundle with mode {' or '.join(NEEDS[mode])}, it has {', '.join(modes)}")
+    sources = _stdin_lines() if source_file == STANDARD else read_lines(source_file)
+    if not sources:
+        raise DataError(f"`{source_file}` must hold at least one line, it is empty")
+    runner = runners.build({"name": mode, "decoding": dict(options)}, bundle.description)
+    model = bundle.model.to(distributed.choose_device(device))
+    written = write_texts(model, bundle.tokenizer, runner, sources, batch_tokens, dedup)
+    text = "".join(f"{line}\n" for line in written.texts)
+    if target_file == STANDARD:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        Path(target_file).absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(target_file), text.encode())
+    print(f"{mode}: {written.report()}", file=sys.stderr, flush=True)
+    return written
+
+
+def _stdin_lines() -> list[str]:
+    text = sys.stdin.read()
+    return text.removesuffix("\n").split("\n") if text else []

@@ -1,0 +1,31 @@
+"""The registry of runners: a new one is its file, one line here, one YAML and one test."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from finetune.runners.ar import Ar, ArOptions
+from finetune.runners.base import Runner, with_modes
+from finetune.runners.nar import Nar, NarOptions
+from pretrain.bundle_config import Description
+from pretrain.config import Section, validate
+from pretrain.errors import ConfigError
+
+__all__ = ["REGISTRY", "Runner", "build", "with_modes"]
+
+REGISTRY: dict[str, tuple[type[Section], Callable[..., Runner]]] = {
+    "ar": (ArOptions, Ar),
+    "nar": (NarOptions, Nar),
+}
+
+
+def build(options: Mapping[str, Any], description: Description) -> Runner:
+    """The runner that `options["name"]` names, for a bundle.
+
+    Raises:
+        ConfigError: the name or an option is unknown or out of range.
+    """
+    name = options.get("name")
+    if name not in REGISTRY:
+        raise ConfigError(f"`runner.name` must be one of {', '.join(REGISTRY)}, got {name!r}")
+    kind, make = REGISTRY[name]
+    return make(validate(kind, dict(options), where="runner"), description)

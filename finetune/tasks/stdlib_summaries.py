@@ -1,0 +1,68 @@
+"""The summary of a docstring from its rest: a task that ships inside every Python and needs no network.
+
+A docstring of the standard library whose first paragraph is one line, followed by a blank line and more text,
+gives a pair: the rest is the source, the first line the target. About 2,900 pairs; the number depends on the Python.
+Pre-training on `stdlib-docs` has seen these texts, summaries included: the scores compare ways of decoding, they say
+nothing of unseen text.
+"""
+
+import hashlib
+from functools import cached_property
+from typing import Literal
+
+from finetune.tasks.base import Pair, SplitName, one_line
+from pretrain.config import Section
+from pretrain.data.stdlib_docs import stdlib_docstrings
+from pretrain.errors import DataError
+
+SUMMARY_WORDS = range(2, 33)
+FEWEST_SOURCE_WORDS = 3
+MOST_SOURCE_WORDS = 400
+VALID_PERCENT = TEST_PERCENT = 10
+
+
+class StdlibSummariesOptions(Section):
+    """No options: the pairs follow from the running Python."""
+
+    name: Literal["stdlib-summaries"] = "stdlib-summaries"
+
+
+class StdlibSummaries:
+    """Rest of a docstring -> its first line."""
+
+    name = "stdlib-summaries"
+    metrics: tuple[str, ...] = ("rougeL", "rouge1", "rouge2", "bleu")
+
+    def __init__(self, options: StdlibSummariesOptions) -> None:
+        self.options = options
+
+    def pairs(self, split: SplitName) -> list[Pair]:
+        found = [pair for pair in self._all if split_of(pair.target) == split]
+        if not found:
+            raise DataError("task `stdlib-summaries` needs the source files of the standard library, found none")
+        return found
+
+    @cached_property
+    def _all(self) -> list[Pair]:
+        made = (pair_of(text) for _, text in stdlib_docstrings())
+        return list(dict.fromkeys(pair for pair in made if pair is not None))
+
+
+def pair_of(docstring: str) -> Pair | None:
+    """The pair of a docstring; None where it has no one-line summary or a part is too short."""
+    first, blank, rest = docstring.strip().partition("\n\n")
+    source, target = one_line(rest), one_line(first)
+    words = source.split()
+    if not blank or "\n" in first.strip():
+        return None
+    if len(target.split()) not in SUMMARY_WORDS or len(words) < FEWEST_SOURCE_WORDS:
+        return None
+    return Pair(" ".join(words[:MOST_SOURCE_WORDS]), target)
+
+
+def split_of(target: str) -> SplitName:
+    """By a hash of the summary, so that pairs with the same summary are never on two sides."""
+    percent = int.from_bytes(hashlib.sha256(target.encode()).digest()[:8], "big") % 100
+    if percent < TEST_PERCENT:
+        return "test"
+    return "valid" if percent < TEST_PERCENT + VALID_PERCENT else "train"

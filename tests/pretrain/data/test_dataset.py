@@ -1,0 +1,111 @@
+"""Reading: by fork and pickle, and every kind of damage reported by name."""
+
+import multiprocessing
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.data import dataset as module
+from pretrain.data.dataset import ShardDataset
+from pretrain.data.manifest import read_manifest, verify_folder
+from pretrain.errors import DataError
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(prepared, tmp_path / "copy")
+
+
+def second_shard(folder: Path) -> Path:
+    return folder / read_manifest(folder).shards[1].file
+
+
+def _send_sums(dataset: ShardDataset, pipe: multiprocessing.connection.Connection) -> None:
+    pipe.send([int(dataset.tokens(i).sum()) for i in range(len(dataset))])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_read_the_same(prepared: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OPEN_SHARDS", 3)
+    dataset = ShardDataset(prepared)
+    sums = [int(dataset.tokens(i).sum()) for i in range(len(dataset))]
+    assert len(dataset._descriptors) == 3
+    context = multiprocessing.get_context(method)
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send_sums, args=(dataset, send))
+    process.start()
+    assert receive.recv() == sums
+    process.join()
+    assert len(pickle.dumps(dataset)) < 500
+
+
+def test_missing_and_short_shards_stop_or_are_skipped(copy: Path) -> None:
+    whole = ShardDataset(copy)
+    bad = second_shard(copy)
+    bad.write_bytes(bad.read_bytes()[:-512])
+    for _ in range(2):
+        with pytest.raises(DataError, match=bad.name):
+            ShardDataset(copy)
+        with pytest.warns(UserWarning, match=f"{bad.name}.* samples are skipped"):
+            rest = ShardDataset(copy, on_bad_shard="skip")
+        assert rest.skipped == whole.manifest.shards[1].samples > 0
+        left = {s: sum(map(len, rest.sources(s).values())) for s in ("train", "valid")}
+        assert sum(left.values()) == len(whole) - rest.skipped
+        for ids in rest.sources("train").values():
+            for i in ids[:50]:
+                assert np.array_equal(rest.tokens(i), whole.tokens(i))
+        bad.unlink(missing_ok=True)
+    assert any(bad.name in problem for problem in verify_folder(copy))
+
+
+def test_a_flipped_bit_is_found(copy: Path) -> None:
+    shard = second_shard(copy)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (problem,) = verify_folder(copy)
+    assert shard.name in problem and "sha256" in problem
+
+
+def test_ids_beyond_the_vocabulary_are_never_returned(copy: Path) -> None:
+    dataset = ShardDataset(copy)
+    row = dataset._index[0]
+    shard = copy / dataset.manifest.shards[0].file
+    content = bytearray(shard.read_bytes())
+    content[row[1] : row[1] + 2] = b"\xff\xff"
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=f"{shard.name}.*damaged"):
+        dataset.tokens(0)
+
+
+def test_a_shard_that_shrinks_while_open(copy: Path) -> None:
+    dataset = ShardDataset(copy)
+    dataset.tokens(0)
+    (copy / dataset.manifest.shards[0].file).write_bytes(b"")
+    with pytest.raises(DataError, match="ends too early"):
+        dataset.tokens(0)
+
+
+def test_bad_index_manifest_and_tokenizer(copy: Path, tmp_path: Path) -> None:
+    index = copy / "index.npy"
+    good = index.read_bytes()
+    index.write_bytes(good[:-8] + b"\x01" * 8)
+    with pytest.raises(DataError, match=r"index\.npy.*sha256"):
+        ShardDataset(copy)
+    index.write_bytes(good)
+    tokenizer = copy / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"Ġ', '"_'))
+    with pytest.raises(DataError, match="must be the tokenizer of the manifest"):
+        ShardDataset(copy)
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('-000000.tar"', '/../../x.tar"'))
+    with pytest.raises(DataError, match=r"manifest\.json` is broken"):
+        ShardDataset(copy)
+    with pytest.raises(DataError, match="no such folder"):
+        ShardDataset(tmp_path / "nowhere")
+    (copy / "manifest.json").unlink()
+    with pytest.raises(DataError, match="finished `prepare`"):
+        ShardDataset(copy)

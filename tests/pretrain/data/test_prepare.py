@@ -1,0 +1,240 @@
+"""`prepare`: byte-identical for any number of workers and any kill; readable by WebDataset; plain about bad input."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.data.dataset import ShardDataset
+from pretrain.data.files import npy_bytes
+from pretrain.data.manifest import read_manifest, verify_folder
+from pretrain.data.prepare import prepare
+from pretrain.data.shards import MIN_TOKENS, encode_sentences, pack
+from pretrain.data.text import clean, sentences
+from pretrain.data.tokenizer import TextTokenizer
+from pretrain.errors import ConfigError, DataError
+from tests.pretrain.data.conftest import write_corpus
+
+ROOT = Path(__file__).resolve().parents[3]
+RUN = "import json, sys; from pretrain.data.prepare import prepare; prepare(**json.loads(sys.argv[1]))"
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    prepared: Path, arguments: dict, tmp_path: Path, workers: int
+) -> None:
+    out = tmp_path / "other"
+    prepare(out, **arguments, workers=workers)
+    assert fingerprints(out) == fingerprints(prepared)
+    assert sum(name.endswith(".tar") for name in fingerprints(out)) > 8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_prepare_continues_to_the_same_bytes(
+    prepared: Path, arguments: dict, tmp_path: Path, seed: int
+) -> None:
+    draw = random.Random(seed)
+    out = tmp_path / "killed"
+    shards = sum(name.endswith(".tar") for name in fingerprints(prepared))
+    for workers in (1, 2):
+        call = json.dumps({**arguments, "out": str(out), "workers": workers})
+        process = subprocess.Popen([sys.executable, "-c", RUN, call], cwd=ROOT, stderr=subprocess.DEVNULL)
+        done = draw.randrange(shards)
+        while process.poll() is None and len(list(out.glob("parts/*.tar.json"))) < done:
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    prepare(out, **arguments)
+    assert fingerprints(out) == fingerprints(prepared)
+
+
+def test_a_shard_with_a_record_is_not_made_twice(prepared: Path, arguments: dict, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call = json.dumps({**arguments, "out": str(out)})
+    process = subprocess.Popen([sys.executable, "-c", RUN, call], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(out.glob("parts/*.tar.json"))) < 3:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    finished = {f.name.removesuffix(".json"): (out / f.name.removesuffix(".json")).stat().st_ino
+                for f in out.glob("parts/*.tar.json")}  # fmt: skip
+    prepare(out, **arguments)
+    assert len(finished) >= 3 and all((out / name).stat().st_ino == inode for name, inode in finished.items())
+
+
+def test_webdataset_reads_the_same_samples(prepared: Path) -> None:
+    dataset = ShardDataset(prepared)
+    urls = [str(prepared / shard.file) for shard in dataset.manifest.shards]
+    count = 0
+    for sample, found in enumerate(webdataset.WebDataset(urls, shardshuffle=False)):
+        tokens = np.load(io.BytesIO(found["tokens.npy"]), allow_pickle=False)
+        starts = np.load(io.BytesIO(found["sentences.npy"]), allow_pickle=False)
+        assert tokens.dtype == np.uint16 and starts.dtype == np.int32
+        assert np.array_equal(tokens, dataset.tokens(sample))
+        assert np.array_equal(starts, dataset.sentences(sample))
+        count += 1
+    assert count == len(dataset) == dataset.manifest.samples
+
+
+def test_samples_are_the_documents_in_order(prepared: Path, corpus: Path) -> None:
+    dataset = ShardDataset(prepared)
+    assert dataset.lengths.max() <= 30 and dataset.lengths.min() >= MIN_TOKENS
+    ids = np.sort(np.concatenate([dataset.sources(split)["hills"] for split in ("train", "valid")]))
+    text = "".join(dataset.tokenizer.decode(dataset.tokens(i)) for i in ids)
+    documents = (corpus / "hills.txt").read_text().split("\n\n")
+    assert text == "".join(" ".join(document.split()) for document in documents)
+    starts = [dataset.sentences(i) for i in ids]
+    assert all(s[0] == 0 and (np.diff(s) > 0).all() and s[-1] < dataset.lengths[i] for s, i in zip(starts, ids))
+
+
+def test_manifest_counts_and_splits(prepared: Path, arguments: dict) -> None:
+    manifest, dataset = read_manifest(prepared), ShardDataset(prepared)
+    assert [source.name for source in manifest.sources] == ["hills", "lakes"]
+    assert [source.documents for source in manifest.sources] == [400, 150]
+    assert manifest.tokens == dataset.lengths.sum()
+    for source in manifest.sources:
+        train, valid = dataset.sources("train")[source.name], dataset.sources("valid")[source.name]
+        assert len(train) + len(valid) == source.samples and len(valid) == source.valid_samples
+        assert 0.04 < len(valid) / source.samples < 0.2 and not set(train) & set(valid)
+    assert verify_folder(prepared) == []
+    assert prepare(prepared, **arguments) == manifest
+
+
+def test_the_same_text_is_never_in_both_splits(tmp_path: Path) -> None:
+    block = "The same words appear once more here.\n\n"
+    (tmp_path / "a.txt").write_text(block * 50 + "Another text is here for the other half, and it is long.\n")
+    prepare(tmp_path / "out", [f"a=text:{tmp_path}/a.txt"], train_vocab=300, max_length=64, valid_permille=500)
+    dataset = ShardDataset(tmp_path / "out")
+    train, valid = ({dataset.text(i) for i in dataset.sources(s)["a"]} for s in ("train", "valid"))
+    assert not train & valid
+
+
+def test_hostile_documents_survive(tmp_path: Path) -> None:
+    documents = [
+        "a <mask> </s> <s> <pad> <unk> trick",
+        "nul \x00 byte and \x1b[31m colour",
+        "😀" * 500,
+        "x" * 1_000_000,
+    ]
+    documents += ["word " * 200_000, "שלום עולם זה טקסט", "\ufeffbyte order mark at the start", ".", " "]
+    (tmp_path / "a.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "raw.txt").write_bytes(b"\xed\xa0\x80 surrogate bytes \xff\xfe here and more\n")
+    prepare(tmp_path / "out", [f"a=text:{tmp_path}/*.txt"], train_vocab=300, max_length=128)
+    dataset = ShardDataset(tmp_path / "out")
+    assert dataset.lengths.max() == 126
+    every = np.concatenate([dataset.tokens(i) for i in range(len(dataset))])
+    assert not np.isin(every, range(5)).any()
+    text = dataset.tokenizer.decode(every)
+    for piece in ("a <mask> </s> <s> <pad> <unk> trick", "nul byte and [31m colour", "😀" * 500, "x" * 1_000_000):
+        assert piece in text
+    assert text.count("word") == 200_000
+
+
+def test_another_plan_is_refused(prepared: Path, arguments: dict, tmp_path: Path) -> None:
+    before = fingerprints(prepared)
+    for change, message in (
+        ({"max_length": 64}, "max_length 32, now it is 64"),
+        ({"sources": arguments["sources"][:1]}, "prepared with sources"),
+        ({"train_vocab": 500}, "train_vocab 400, now it is 500"),
+        ({"train_vocab": None, "tokenizer": str(prepared)}, "tokenizer_sha256 None"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare(prepared, **{**arguments, **change})
+    assert fingerprints(prepared) == before
+    (tmp_path / "mine.txt").write_text("a letter")
+    with pytest.raises(DataError, match="it holds other files"):
+        prepare(tmp_path, **arguments)
+
+
+def test_text_that_changed_between_two_runs_is_refused(arguments: dict, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    write_corpus(text, 100, seed=1)
+    changed = {**arguments, "sources": [f"a=text:{text}", f"b=text:{tmp_path}/later.txt"], "out": tmp_path / "out"}
+    (tmp_path / "later.txt").write_text("")
+    with pytest.raises(DataError, match="source `b` must hold text"):
+        prepare(**changed)
+    write_corpus(text, 100, seed=2)
+    with pytest.raises(DataError, match="source `a` changed"):
+        prepare(**changed)
+
+
+def test_a_given_tokenizer_is_kept(prepared: Path, corpus: Path, tmp_path: Path) -> None:
+    sources = [f"hills=text:{corpus}/hills.txt"]
+    manifest = prepare(tmp_path / "out", sources, tokenizer=str(prepared), max_length=32)
+    assert manifest.tokenizer_sha256 == read_manifest(prepared).tokenizer_sha256
+    assert manifest.token_dtype == "uint16"
+
+
+def test_bad_arguments(arguments: dict, tmp_path: Path) -> None:
+    def attempt(**change: object) -> None:
+        prepare(tmp_path / "out", **{**arguments, **change})
+
+    for change, message in (
+        ({"tokenizer": "x"}, "exactly one of"),
+        ({"train_vocab": None}, "exactly one of"),
+        ({"train_vocab": None, "tokenizer": "nowhere"}, "tokenizer `nowhere`"),
+        ({"max_length": 5}, "max length must be from 6"),
+        ({"workers": 0}, "`workers` must be from 1"),
+        ({"valid_permille": 1000}, "`valid_permille` must be"),
+        ({"sources": [f"x=text:{tmp_path}/none*"]}, "none"),
+    ):
+        with pytest.raises(DataError, match=message):
+            attempt(**change)
+    with pytest.raises(ConfigError, match="vocabulary size"):
+        attempt(train_vocab=10)
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(4, 20), st.integers(0, 2**16))
+def test_packing_keeps_every_token_in_order(lengths: list[int], budget: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    encoded = [draw.integers(0, 50, length) for length in lengths]
+    word_starts = draw.random(50) < 0.4
+    samples = list(pack(encoded, budget, word_starts))
+    packed = [token for tokens, _ in samples for token in tokens]
+    source = iter(np.concatenate([*encoded, []]).tolist())
+    assert all(token in source for token in packed)  # a subsequence: only samples below MIN_TOKENS are missing
+    for tokens, starts in samples:
+        assert MIN_TOKENS <= len(tokens) <= budget
+        assert starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens)
+
+
+def test_sentences_join_to_the_ids_of_the_whole_text(prepared: Path) -> None:
+    tokenizer = TextTokenizer.from_path(prepared)
+    parts = list(sentences(clean("Mary sings. It's 3.5 old stones! \"Really?\" John's river\n\nfalls -- slowly.")))
+    joined = np.concatenate(encode_sentences(parts, tokenizer))
+    assert len(parts) == 5
+    assert np.array_equal(joined, tokenizer.encode(" ".join(parts)))
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=2), st.sampled_from(["u2", "i4", "i8"]))
+def test_npy_bytes_are_what_numpy_reads(shape: list[int], dtype: str) -> None:
+    array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    raw = npy_bytes(array)
+    again = np.load(io.BytesIO(raw), allow_pickle=False)
+    assert again.dtype == array.dtype and np.array_equal(again, array) and len(raw) == 128 + array.nbytes
+
+
+def test_stdlib_docs_prepare_from_nothing(tmp_path: Path) -> None:
+    manifest = prepare(tmp_path / "out", ["stdlib-docs"], train_vocab=1000, max_length=128)
+    (source,) = manifest.sources
+    assert source.words > 250_000 and source.licence == "Python Software Foundation License"
+    assert manifest.plan.python == ".".join(map(str, sys.version_info[:3]))
+    assert os.listdir(tmp_path / "out") and not (tmp_path / "out" / "parts").exists()

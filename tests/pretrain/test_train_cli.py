@@ -1,0 +1,197 @@
+"""The command line end to end: prepare, train, killed and stopped, hand-off; and what a first user gets wrong."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from pretrain.__main__ import main
+from pretrain.bundle import load_bundle
+from pretrain.runs import read_events
+from tests.pretrain.runs import command, scalars, start, training_curve, wait_for_save, write_config, write_text
+
+LONG = ("train.steps=60", "train.save_every=2", "train.sample_every=0", "train.validate_every=20")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    text = write_text(folder / "a.txt", 200)
+    out = folder / "data"
+    source = f"tiny=text:{text}"
+    assert main(["prepare", "--out", str(out), "--source", source, "--train-tokenizer", "300", "--workers", "1"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert main(["train", str(write_config(folder, data)), *LONG]) == 0
+    return folder / "runs" / "tiny"
+
+
+def final_state(run, step):
+    return (run / "checkpoints" / f"step-{step:08d}" / "state-rank0.safetensors").read_bytes()
+
+
+def last_line(captured):
+    lines = captured.err.strip().splitlines()
+    return lines[-1]
+
+
+def test_prepare_train_handoff_load(data, tmp_path, capsys):
+    config = write_config(tmp_path, data)
+    run = tmp_path / "runs" / "tiny"
+    assert main(["train", str(config)]) == 0
+    printed = capsys.readouterr().err
+    assert "step 6/6 loss" in printed and "valid at step 6" in printed and "training and" in printed
+    assert [e["event"] for e in read_events(run)] == ["start", "save", "save", "finish"]
+    assert (run / "latest").read_text().strip() == "step-00000006"
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["vocab_size"] >= 261
+    assert json.loads((run / "env.json").read_text())["ranks"] == 1
+    sample = (run / "samples" / "step_000003.txt").read_text()
+    assert sample.startswith("source ") and "\nar " in sample and "\nnar " in sample
+    tags = scalars(run)
+    for tag in ("loss/ar", "loss/nar", "loss/total", "train/lr", "train/grad_norm", "data/mask_ratio", "valid/total"):
+        assert tags[tag][-1][0] == 6, tag
+    assert [step for step, _ in tags["loss/total"]] == [1, 2, 3, 4, 5, 6]
+    assert tags["loss/total"][-1][1] < tags["loss/total"][0][1]
+
+    out = tmp_path / "bundle"
+    assert main(["handoff", str(run), "--out", str(out)]) == 0
+    bundle = load_bundle(out)
+    assert bundle.golden_error == 0.0
+    assert bundle.provenance["step"] == 6 and bundle.provenance["data"]["sources"][0]["name"] == "tiny"
+    assert main(["handoff", str(run), "--out", str(out)]) == 0, "an older bundle is replaced"
+
+
+def test_a_finished_run_has_nothing_to_do_and_steps_may_be_raised(data, tmp_path):
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    assert main(["train", str(config)]) == 0
+    assert main(["train", str(config)]) == 0
+    assert main(["train", str(config), "train.steps=8", "train.log_every=2", "engine.zero_stage=1"]) == 0
+    events = read_events(run)
+    assert [(e["event"], e["step"]) for e in events[-3:]] == [("resume", 6), ("save", 8), ("finish", 8)]
+    assert events[-3]["changed"]["train.steps"] == [6, 8]
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_was_ended_goes_on_bit_by_bit(end, data, uninterrupted, tmp_path, capsys):
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    process = start("train", config, *LONG, "data.workers=1")
+    wait_for_save(process, run)
+    time.sleep(random.random() * 0.3)
+    process.send_signal(end)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (-9 if end == signal.SIGKILL else 85), err
+    last = read_events(run)[-1]
+    if end != signal.SIGKILL:
+        assert last["event"] == "stop" and "error: stopped by a signal, saved step" in err
+    assert last["step"] < 60, "the run was over before the signal came"
+
+    assert main(["train", str(config), *LONG]) == 0
+    assert "continuing at step" in capsys.readouterr().err
+    assert final_state(run, 60) == final_state(uninterrupted, 60)
+    curve, expected = training_curve(run), training_curve(uninterrupted)
+    assert curve == expected, "each (tag, step) once, each with the value of the uninterrupted run"
+    assert [step for step, _ in curve["loss/total"]] == list(range(1, 61))
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("optim.lrr=1", 3, "unknown key `optim.lrr`; did you mean `lr`?"),
+        ("train.steps=many", 3, "`train.steps` must be a valid integer, got 'many'"),
+        ("model.dropout=1.5", 3, "`model.dropout`"),
+        ("objective.name=bert", 3, "`objective.name` must be one of janus"),
+        ("model.vocab_size=100", 3, "`model.vocab_size` must be at least"),
+        ("model.max_positions=16", 3, "`model.max_positions` must be at least"),
+        ("data.weights={other: 1}", 3, "`data.weights` must name tiny, got other"),
+        ("engine.backend=cuda", 3, "`engine.backend`"),
+        ("data.path=nowhere", 4, "data folder `nowhere`"),
+        ("nonsense", 3, "must look like key=value"),
+    ],
+)
+def test_bad_configurations_are_one_line_and_start_nothing(override, code, message, data, tmp_path, capsys):
+    config = write_config(tmp_path, data)
+    capsys.readouterr()
+    assert main(["train", str(config), override]) == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
+
+
+def test_a_resume_may_not_change_what_the_run_is(data, tmp_path, capsys):
+    config = write_config(tmp_path, data)
+    assert main(["train", str(config)]) == 0
+    for override, key in (
+        ("seed=2", "seed"),
+        ("model.d_model=32", "model.d_model"),
+        ("objective.label_smoothing=0.1", "objective.label_smoothing"),
+        ("batch.samples=7", "batch.samples"),
+    ):
+        capsys.readouterr()
+        assert main(["train", str(config), "train.steps=8", override]) == 3
+        assert f"error: `{key}` must stay" in capsys.readouterr().err
+    assert main(["train", str(config), "train.resume=never"]) == 5
+    assert "`train.resume` is never" in last_line(capsys.readouterr())
+
+
+def test_a_resume_needs_the_data_it_began_with(data, tmp_path, capsys):
+    config, other = write_config(tmp_path, data), tmp_path / "other"
+    source = f"tiny=text:{write_text(tmp_path / 'b.txt', 100)}"
+    tokenizer = ["--tokenizer", str(data)]
+    assert main(["prepare", "--out", str(other), "--source", source, *tokenizer, "--workers", "1"]) == 0
+    assert main(["train", str(config)]) == 0
+    assert main(["train", str(config), "train.steps=8", f"data.path={other}"]) == 4
+    assert "`data.path` must hold the data that run" in last_line(capsys.readouterr())
+
+
+def test_a_tokenizer_that_is_not_the_manifests_is_refused(data, tmp_path, capsys):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    text = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text(text.replace('"Ġ', '"Ġx', 1))
+    assert main(["train", str(write_config(tmp_path, copy))]) == 4
+    assert "tokenizer" in last_line(capsys.readouterr())
+
+
+def test_bad_sources(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for source in (f"text:{tmp_path}/missing-*.txt", f"text:{tmp_path}/empty.txt", "podcast:1"):
+        out = ["prepare", "--out", str(tmp_path / "out"), "--workers", "1", "--train-tokenizer", "300"]
+        assert main([*out, "--source", source]) == 4, source
+        assert last_line(capsys.readouterr()).startswith("error: ")
+
+
+def test_usage_errors_exit_2_and_help_imports_no_torch():
+    for arguments in ([], ["fly"], ["train"], ["prepare", "--out", "x"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+    script = "import sys, pretrain.__main__ as m\ntry: m.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip().endswith("False")
+
+
+def test_handoff_without_a_run_or_a_checkpoint(tmp_path, data, capsys):
+    assert main(["handoff", str(tmp_path), "--out", str(tmp_path / "b")]) == 5
+    assert "must be the folder of a run" in last_line(capsys.readouterr())
+
+
+def test_two_jobs_may_not_share_a_run(data, tmp_path):
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    process = start("train", config, *LONG, "train.steps=100000")
+    try:
+        wait_for_save(process, run)
+        code, printed = command("train", config, *LONG)
+        assert code == 5 and "error: " in printed
+    finally:
+        process.kill()
+        process.communicate()
