@@ -17,12 +17,11 @@ from finetune.decoding import Generated
 from finetune.runners import Runner
 from finetune.tasks import one_line
 from finetune.tasks.pairs import read_lines
-from pretrain import distributed
-from pretrain.bundle import Bundle, load_bundle
+from pretrain.bundle import load_bundle
 from pretrain.data.files import write_atomic
 from pretrain.data.tokenizer import TextTokenizer
 from pretrain.errors import DataError, UsageError
-from pretrain.models import EncoderDecoder, SourceRows, SpecialIds
+from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.rows import to_device
 
 # What a bundle must be able to do for each --mode; plain BART writes left to right on its content stream.
@@ -122,12 +121,13 @@ def generate(
     bundle = load_bundle(bundle_path)
     modes = bundle.description.modes
     if not set(NEEDS[mode]) & set(modes):
-        raise UsageError(f"`--mode` {mode} needs a bundle with mode {' or '.join(NEEDS[mode])}, it has {', '.join(modes)}")
+        wanted = " or ".join(NEEDS[mode])
+        raise UsageError(f"`--mode` {mode} needs a bundle with mode {wanted}, `{bundle_path}` has {', '.join(modes)}")
     sources = _stdin_lines() if source_file == STANDARD else read_lines(source_file)
     if not sources:
         raise DataError(f"`{source_file}` must hold at least one line, it is empty")
     runner = runners.build({"name": mode, "decoding": dict(options)}, bundle.description)
-    model = bundle.model.to(distributed.choose_device(device))
+    model = bundle.model.to(_device(device))
     written = write_texts(model, bundle.tokenizer, runner, sources, batch_tokens, dedup)
     text = "".join(f"{line}\n" for line in written.texts)
     if target_file == STANDARD:
@@ -138,6 +138,13 @@ def generate(
         write_atomic(Path(target_file), text.encode())
     print(f"{mode}: {written.report()}", file=sys.stderr, flush=True)
     return written
+
+
+def _device(name: str) -> torch.device:
+    on_cuda = torch.cuda.is_available()
+    if name == "cuda" and not on_cuda:
+        raise UsageError("`--device` cuda needs a CUDA device, found none")
+    return torch.device("cuda" if on_cuda and name != "cpu" else "cpu")
 
 
 def _stdin_lines() -> list[str]:

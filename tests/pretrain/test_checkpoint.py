@@ -109,7 +109,7 @@ def half_precision(world: World, root: Path) -> Any:
     again = other.loss_scale_state()
     resumed = toy_train(other, range(12, 15)), everything(other), other.loss_scale_state()
     engine_module._check, get_accelerator().is_fp16_supported = guards
-    return [step[1] for step in before], scale, again, straight, resumed, engine.step(0.0).loss_scale
+    return [step[1] for step in before], scale, again, straight, resumed
 
 
 def failures(world: World, store: Store, engine: Any) -> list[str]:
@@ -179,12 +179,11 @@ def test_resume_is_bit_identical(case: Any, found: dict[str, Any]) -> None:
 
 
 def test_fp16_resumes_with_its_loss_scale(found: dict[str, Any]) -> None:
-    applied, scale, again, straight, resumed, reported = found["fp16"]
+    applied, scale, again, straight, resumed = found["fp16"]
     assert applied[0] is False and applied[-1] is True
     assert scale == again and 1 <= scale["cur_scale"] < 2**16 and scale["cur_iter"] == 12
     assert straight[0] == resumed[0] and straight[2] == resumed[2]
     same(straight[1], resumed[1])
-    assert reported == straight[2]["cur_scale"]
 
 
 def test_dropout_was_really_at_work(found: dict[str, Any]) -> None:

@@ -1,0 +1,133 @@
+"""The command line: `python -m finetune COMMAND ...`, also under `deepspeed --module` and torchrun.
+
+A command is one function that adds its arguments and names what to run; heavy imports happen when it runs.
+"""
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from pretrain.errors import EXIT_DISK, EXIT_DONE, ParlanceError, UsageError
+
+Run = Callable[[argparse.Namespace], None]
+Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+# Decoder options by the mode they belong to: {argument: option}.
+AR_OPTIONS = {"beam": "beam", "length_penalty": "length_penalty", "max_length": "max_length"}
+NAR_OPTIONS = {
+    "iterations": "iterations",
+    "length_beam": "length_beam",
+    "length_choice": "length_choice",
+    "early_stop": "early_stop",
+    "max_length": "max_length",
+}
+OPTIONS = {"ar": AR_OPTIONS, "nar": NAR_OPTIONS}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code that `pretrain.errors` documents."""
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune", description="Tune a hand-off bundle for a task, write texts with it, score them."
+    )
+    # The deepspeed launcher puts this in front of the command; ranks are read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_train, _generate, _score):
+        add(commands)
+    given = parser.parse_args(arguments)
+    run: Run = given.run
+    try:
+        run(given)
+    except ParlanceError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: no space left to write `{error.filename}`: {error.strerror}", file=sys.stderr, flush=True)
+        return EXIT_DISK
+    return EXIT_DONE
+
+
+def _train(commands: Commands) -> None:
+    parser = commands.add_parser("train", help="tune, or continue to tune, a bundle for a task; writes RUN/bundle")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-4")
+    parser.set_defaults(run=_run_train)
+
+
+def _run_train(given: argparse.Namespace) -> None:
+    from finetune.train import main as train
+
+    train(given.config, given.overrides)
+
+
+def _generate(commands: Commands) -> None:
+    parser = commands.add_parser("generate", help="write a text for each line of a file")
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder of a hand-off bundle, tuned or not")
+    parser.add_argument("--mode", required=True, choices=tuple(OPTIONS), help="left to right, or all tokens at once")
+    parser.add_argument("--input", required=True, metavar="FILE", help="one source a line; - is stdin")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="one text a line, in the same order; - is stdout"
+    )
+    parser.add_argument("--max-length", type=int, metavar="L", help="longest text in tokens, BOS and EOS counted")
+    parser.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="source tokens of a batch at most")
+    parser.add_argument("--dedup", action="store_true", help="leave out a token equal to the one before it; reported")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    left_to_right = parser.add_argument_group("with --mode ar")
+    left_to_right.add_argument("--beam", type=int, metavar="B", help="hypotheses; 1 is greedy")
+    left_to_right.add_argument("--length-penalty", type=float, metavar="P", help="score = log-probability / length**P")
+    parallel = parser.add_argument_group("with --mode nar")
+    parallel.add_argument("--iterations", type=int, metavar="K", help="refinements: K + 1 decoder passes")
+    parallel.add_argument("--length-beam", type=int, metavar="K", help="candidate lengths")
+    parallel.add_argument("--length-choice", choices=("contiguous", "topk"), help="around the likeliest, or likeliest")
+    parallel.add_argument("--early-stop", action="store_true", default=None, help="stop a text that no longer changes")
+    parser.set_defaults(run=_run_generate)
+
+
+def _run_generate(given: argparse.Namespace) -> None:
+    from finetune.generate import generate
+
+    mine = OPTIONS[given.mode]
+    for other in OPTIONS.values():
+        for name in other.keys() - mine.keys():
+            if getattr(given, name) is not None:
+                flag = name.replace("_", "-")
+                raise UsageError(f"`--{flag}` must not be given with `--mode` {given.mode}")
+    options = {option: getattr(given, name) for name, option in mine.items() if getattr(given, name) is not None}
+    if given.batch_tokens < 1:
+        raise UsageError(f"`--batch-tokens` must be at least 1, got {given.batch_tokens}")
+    generate(
+        given.bundle, given.mode, given.input, given.output, options, given.batch_tokens, given.dedup, given.device
+    )
+
+
+def _score(commands: Commands) -> None:
+    parser = commands.add_parser("score", help="ROUGE and BLEU of texts against references")
+    parser.add_argument(
+        "--task", required=True, metavar="TASK", help="decides the metrics, for example stdlib-summaries"
+    )
+    parser.add_argument("--hyp", required=True, metavar="FILE", help="one text a line")
+    parser.add_argument("--ref", required=True, metavar="FILE", help="one reference a line")
+    parser.add_argument("--no-stemmer", action="store_true", help="compare words in ROUGE, not their Porter stems")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_run_score)
+
+
+def _run_score(given: argparse.Namespace) -> None:
+    from finetune import tasks
+    from finetune.score import score
+    from finetune.tasks.pairs import read_lines
+
+    metrics = tasks.build({"name": given.task}).metrics
+    scores = score(read_lines(given.hyp), read_lines(given.ref), metrics, stemmer=not given.no_stemmer)
+    if given.json:
+        print(json.dumps(scores.to_json()))
+        return
+    for name, value in scores.values.items():
+        print(f"{name:8} {value:6.2f}   {scores.signatures[name]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

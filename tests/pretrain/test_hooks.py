@@ -1,0 +1,206 @@
+"""Hooks, console and TensorBoard on made-up reports."""
+
+import io
+import math
+import os
+import signal
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from pretrain.errors import Requeue
+from pretrain.hooks import Save, Signals, Skips, StopOnSignal, TextSamples, Validation
+from pretrain.loop import Progress, StepReport
+from pretrain.objectives import Preview
+from pretrain.progress import Console, Meter, clock, short
+from pretrain.tensorboard import TensorBoard
+
+
+def report(step, last=False, **changes):
+    made = StepReport(
+        progress=Progress(step, 10 * step, 10 * step, 100 * step), last=last,
+        losses={"ar": 6.2, "nar": 9.8, "length": 4.0}, weights={"ar": 1.0, "nar": 0.5, "length": 0.0},
+        counts={"ar": 90, "nar": 40, "length": 10}, lr=1e-3, grad_norm=3.14, applied=True, loss_scale=None,
+        samples=10, tokens=100, seconds=0.5, wait_seconds=0.1,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def read(folder):
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return board
+
+
+def test_plain_lines_say_what_happened():
+    out = io.StringIO()
+    console = Console(first_step=0, steps=20, every=10, out=out)
+    for step in range(1, 21):
+        console.after_step(report(step, last=step == 20))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("step 10/20 loss 11.10 (ar 6.2 nar 9.8) grad 3.1 200 tok/s data 20% eta ")
+    assert lines[1].endswith("eta 0:00")
+
+
+def test_a_terminal_gets_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    console = Console(first_step=3, steps=5, every=1, out=out)
+    console.after_step(report(4))
+    console.note("hello")
+    console.after_step(report(5, last=True))
+    console.close()
+    assert "5/5" in out.getvalue() and "hello\n" in out.getvalue() and "loss 11.10" in out.getvalue()
+
+
+@given(st.floats(0, 1e7))
+def test_clock_and_short_are_readable(value):
+    hours, rest = divmod(round(value), 3600)
+    expected = [hours, *divmod(rest, 60)] if hours else list(divmod(rest, 60))
+    assert [int(part) for part in clock(value).split(":")] == expected
+    unit = {"k": 1e3, "M": 1e6}.get(short(value)[-1], 1)
+    assert float(short(value).rstrip("kM")) * unit == pytest.approx(value, rel=0.06, abs=0.51)
+
+
+def test_a_meter_forgets_what_it_told():
+    meter = Meter()
+    meter.add(report(1))
+    meter.add(report(2, seconds=1.5))
+    rates = meter.read()
+    assert (rates.tokens_per_second, rates.samples_per_second, rates.wait_fraction) == (100, 10, pytest.approx(0.1))
+    assert meter.read().tokens_per_second == 0
+
+
+def test_one_curve_over_restarts(tmp_path):
+    first = TensorBoard(tmp_path, first_step=0, every=1)
+    first.config("seed: 1", {"seed": 1, "model": {"d_model": 8}})
+    for step in range(1, 8):
+        first.after_step(report(step, losses={"ar": 100.0 + step}))
+    first.text(3, "samples/ar", "old\ntext")
+    first.close()
+    second = TensorBoard(tmp_path, first_step=4, every=1)
+    second.config("seed: 1", {"seed": 1, "model": {"d_model": 8}})
+    for step in range(5, 9):
+        second.after_step(report(step, losses={"ar": 200.0 + step}, loss_scale=64.0))
+    second.close()
+    board = read(tmp_path)
+    points = [(e.step, e.value) for e in board.Scalars("loss/ar")]
+    assert points == [*((s, 100.0 + s) for s in range(1, 5)), *((s, 200.0 + s) for s in range(5, 9))]
+    assert [e.step for e in board.Scalars("train/loss_scale")] == [5, 6, 7, 8]
+    assert board.Scalars("data/mask_ratio")[0].value == pytest.approx(0.4)
+    assert board.Scalars("memory/rss_mebibytes")[0].value > 10
+    texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in board.Tensors("config/text_summary")]
+    assert texts == [(1, "    seed: 1"), (5, "    seed: 1")]
+    assert board.Tensors("samples/ar/text_summary")[0].tensor_proto.string_val[0] == b"    old\n    text"
+
+
+def test_saves_are_periodic_last_and_never_twice():
+    written = []
+    save = Save(3, lambda progress: written.append(progress.step))
+    for step in range(1, 8):
+        save.after_step(report(step, last=step == 7))
+    save.now(report(7).progress)
+    assert written == [3, 6, 7]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_after_the_update_and_requeues(number):
+    written = []
+    before = signal.getsignal(number)
+    with Signals() as signals:
+        stop = StopOnSignal(signals, Save(100, lambda progress: written.append(progress.step)))
+        stop.after_step(report(1))
+        os.kill(os.getpid(), number)
+        assert written == []
+        with pytest.raises(Requeue, match="saved step 2"):
+            stop.after_step(report(2))
+    assert written == [2] and Requeue.exit_code == 85
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_in_the_last_update_changes_nothing():
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        StopOnSignal(signals, Save(1, lambda progress: pytest.fail("saved"))).after_step(report(9, last=True))
+
+
+def test_skipped_updates_are_told():
+    told = []
+    hook = Skips(told.append)
+    hook.after_step(report(1))
+    hook.after_step(report(2, applied=False, loss_scale=8.0, grad_norm=math.inf))
+    assert [one.step for one in told] == [2]
+
+
+@dataclass
+class Batch:
+    number: int
+    n_tokens: int = 5
+
+    def to(self, device):
+        return self
+
+
+class Fake:
+    """An objective, module and engine in one, for hooks that only ask and show."""
+
+    weights = {"ar": 1.0, "nar": 2.0}
+
+    def __init__(self):
+        model = nn.Linear(1, 1)
+        module = nn.Module()
+        module.add_module("model", model)
+        module.objective = self
+        self.module, self.gathered = module, nullcontext
+        self.modes = []
+
+    def counts(self, batch):
+        return {"ar": batch.number, "nar": 0}
+
+    def evaluate(self, batches):
+        return {"ar": torch.tensor(sum(2.5 * batch.number for batch in batches)), "nar": torch.tensor(0.0)}
+
+    def preview(self, model, batch, limit):
+        self.modes.append(model.training)
+        one = Preview(source=[1, 2], target=[1, 3], predicted={"ar": [1, 4], "nar": [1, 5]})
+        return [one] * min(limit, batch.number)
+
+
+def test_validation_is_a_global_mean_on_the_board_and_the_console(tmp_path):
+    board, said = TensorBoard(tmp_path, 0, 1), []
+    hook = Validation(Fake(), [Batch(3), Batch(1)], 2, board, said.append)
+    for step in (1, 2, 3):
+        hook.after_step(report(step))
+    board.close()
+    assert said == ["valid at step 2: loss 2.50 (ar 2.5)"]
+    assert [(e.step, e.value) for e in read(tmp_path).Scalars("valid/ar")] == [(2, 2.5)]
+    assert "valid/nar" not in read(tmp_path).Tags()["scalars"]
+
+
+def test_samples_are_files_and_text_per_mode_made_in_eval_mode(tmp_path):
+    board, fake = TensorBoard(tmp_path / "tb", 0, 1), Fake()
+    hook = TextSamples(fake, Batch(5), lambda ids: f"<{ids}>", 2, tmp_path / "samples", board, limit=2)
+    hook.after_step(report(1))
+    hook.after_step(report(2))
+    board.close()
+    files = list((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["step_000002.txt"]
+    block = "source     <[1, 2]>\ntarget     <[1, 3]>\nar         <[1, 4]>\nnar        <[1, 5]>\n"
+    assert files[0].read_text() == f"{block}\n{block}"
+    assert fake.modes == [False] and fake.module.training
+    tags = read(tmp_path / "tb").Tags()["tensors"]
+    assert {"samples/ar/text_summary", "samples/nar/text_summary"} <= set(tags)
+    silent = TextSamples(fake, Batch(5), str, 1, tmp_path / "none", None)
+    silent.after_step(SimpleNamespace(due=lambda every: True, step=3))
+    assert not (tmp_path / "none").exists() and len(fake.modes) == 2, "every rank predicts, one writes"
