@@ -8,21 +8,17 @@ import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from pretrain.errors import EXIT_DISK, EXIT_DONE, ParlanceError, UsageError
 
 Run = Callable[[argparse.Namespace], None]
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
-# Decoder options by the mode they belong to: {argument: option}.
-AR_OPTIONS = {"beam": "beam", "length_penalty": "length_penalty", "max_length": "max_length"}
-NAR_OPTIONS = {
-    "iterations": "iterations",
-    "length_beam": "length_beam",
-    "length_choice": "length_choice",
-    "early_stop": "early_stop",
-    "max_length": "max_length",
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+# Decoder options that each mode takes; they are named like the arguments.
+OPTIONS = {
+    "ar": ("beam", "length_penalty", "max_length"),
+    "nar": ("iterations", "length_beam", "length_choice", "early_stop", "max_length"),
 }
-OPTIONS = {"ar": AR_OPTIONS, "nar": NAR_OPTIONS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,13 +85,13 @@ def _generate(commands: Commands) -> None:
 def _run_generate(given: argparse.Namespace) -> None:
     from finetune.generate import generate
 
-    mine = OPTIONS[given.mode]
-    for other in OPTIONS.values():
-        for name in other.keys() - mine.keys():
-            if getattr(given, name) is not None:
-                flag = name.replace("_", "-")
-                raise UsageError(f"`--{flag}` must not be given with `--mode` {given.mode}")
-    options = {option: getattr(given, name) for name, option in mine.items() if getattr(given, name) is not None}
+    options = {}
+    for name in {name for names in OPTIONS.values() for name in names}:
+        value = getattr(given, name)
+        if value is not None and name not in OPTIONS[given.mode]:
+            raise UsageError(f"`--{name.replace('_', '-')}` must not be given with `--mode` {given.mode}")
+        if value is not None:
+            options[name] = value
     if given.batch_tokens < 1:
         raise UsageError(f"`--batch-tokens` must be at least 1, got {given.batch_tokens}")
     generate(

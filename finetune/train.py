@@ -5,6 +5,7 @@ and test pairs as parallel text files, for `generate` and `score`.
 """
 
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -200,17 +201,19 @@ class Run:
         """What follows from the configuration, for people to check before they wait."""
         settings, train, pairs, step = self.settings, self.data.train, self.data.pairs, self.progress.step
         plan = self.stream.plan_step(self.progress.position, self.world.size)
-        parameters = sum(value.numel() for value in self.bundle.model.parameters())
+        parameters = sum(math.prod(shape) for shape in self.engine.shapes().values())
         epochs = self.stream.epoch(plan.count * settings.train.steps)
         return [
             f"run {self.folder}: {parameters:,} parameters from {settings.bundle}, runner {settings.runner['name']}, "
-            f"{settings.engine.kind} {settings.engine.precision}, {self.world.size} rank(s) on {self.world.device.type}",
+            f"{settings.engine.kind} {settings.engine.precision}, {self.world.size} rank(s) on "
+            f"{self.world.device.type}",
             f"task {settings.task['name']}: {len(pairs['train']):,} training, {len(pairs['valid']):,} validation and "
             f"{len(pairs['test']):,} test pairs; {train.cut} sources cut to {settings.max_source} tokens, "
             f"{train.left_out} targets longer than {settings.max_target} left out",
             f"batch: about {plan.count} pairs an update, {len(plan.micro[0])} micro-batch(es) a rank; "
             f"{f'continuing at step {step}' if step else 'starting'}: "
-            f"{max(settings.train.steps - step, 0)} of {settings.train.steps} updates to do, {epochs:.1f} epochs in all",
+            f"{max(settings.train.steps - step, 0)} of {settings.train.steps} updates to do, "
+            f"{epochs:.1f} epochs in all",
             f"watch: tensorboard --logdir {self.folder / runs.BOARD}",
         ]
 

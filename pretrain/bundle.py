@@ -77,8 +77,10 @@ def write_bundle(
         _write_json(staging / GENERATION, generation_config(description))
         _write_json(staging / PROVENANCE, provenance)
         tokenizer.save(staging)
-        for path in (*staging.iterdir(), staging):
+        for path in staging.iterdir():
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
             _sync(path)
+        _sync(staging)
         trash = target.with_name(f".{target.name}.trash")
         shutil.rmtree(trash, ignore_errors=True)
         if target.exists():

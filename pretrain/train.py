@@ -1,30 +1,26 @@
 """`train`: configuration -> data -> model -> engine -> resume -> fit. The same command starts and continues a run."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-import torch
-
-from pretrain import checkpoint, config, distributed, objectives, rng, runs
+from pretrain import checkpoint, config, distributed, rng, runs
+from pretrain.assemble import build_module, build_stream, complete_config, readable
 from pretrain.commit import Store
-from pretrain.config import ModelConfig, RunConfig
-from pretrain.data.dataset import ShardDataset, Split
-from pretrain.data.plan import BatchSize
-from pretrain.data.stream import SampleStream, ShardCorpus
-from pretrain.data.tokenizer import TextTokenizer
+from pretrain.config import RunConfig
+from pretrain.data.dataset import ShardDataset
+from pretrain.data.stream import SampleStream
 from pretrain.distributed import World
 from pretrain.engine import Engine, build
-from pretrain.errors import CheckpointError, ConfigError, DataError, ParlanceError, Requeue
+from pretrain.errors import CheckpointError, DataError, ParlanceError, Requeue
 from pretrain.hooks import Save, Signals, Skips, StopOnSignal, TextSamples, Validation
 from pretrain.loop import Hook, Progress, StepReport, fit
-from pretrain.models import EncoderDecoder, SpecialIds
-from pretrain.objectives import ObjectiveModule
+from pretrain.models import EncoderDecoder
 from pretrain.optim import learning_rate
 from pretrain.progress import Console, short
 from pretrain.tensorboard import TensorBoard
@@ -49,10 +45,11 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Progress:
             world = distributed.init()
             stack.callback(distributed.shutdown)
             dataset = together(lambda: ShardDataset(settings.data.path, settings.data.on_bad_shard))
-            settings = complete(settings, dataset)
+            settings = complete_config(settings, dataset)
             module = build_module(settings, dataset)
             stream = build_stream(settings, dataset, module.objective, world)
             store, repaired = checkpoint.open_store(settings.run_dir)
+            stack.callback(store.unlock)
             changed = distributed.rank_zero(lambda: claim(settings, store))
             engine = build(settings.engine, settings.optim, module, world)
             progress = resume(store, engine, world, settings.seed, dataset.manifest.index_sha256)
@@ -157,7 +154,7 @@ class Run:
         """What follows from the configuration, for people to check before they wait."""
         settings, corpus, step = self.settings, self.stream.corpus, self.progress.step
         plan = self.stream.plan_step(self.progress.position, self.world.size)
-        micros, parameters = len(plan.micro[0]), sum(p.numel() for p in self.engine_parameters())
+        micros, parameters = len(plan.micro[0]), sum(math.prod(shape) for shape in self.engine.shapes().values())
         left = settings.train.steps - step
         engine = settings.engine
         how = f"deepspeed ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else "local"
@@ -174,63 +171,6 @@ class Run:
             f"to do, about {short(plan.tokens * settings.train.steps)} tokens and {epochs:.1f} epochs in all",
             f"watch: tensorboard --logdir {self.folder / runs.BOARD}",
         ]
-
-    def engine_parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters by their full size, which ZeRO-3 hides in the module itself."""
-        return [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in self.engine.shapes().values()]
-
-
-def complete(settings: RunConfig, dataset: ShardDataset) -> RunConfig:
-    """The configuration with the vocabulary size filled in from the tokenizer, checked against the data."""
-    model, vocabulary = settings.model, dataset.tokenizer.vocab_size
-    if model.vocab_size is not None and model.vocab_size < vocabulary:
-        raise ConfigError(
-            f"`model.vocab_size` must be at least the {vocabulary} tokens of `{settings.data.path}`, "
-            f"got {model.vocab_size}"
-        )
-    longest = max(ShardCorpus(dataset, split).longest for split in get_args(Split))
-    if model.max_positions < longest:
-        raise ConfigError(
-            f"`model.max_positions` must be at least the {longest} tokens of the longest sample of "
-            f"`{settings.data.path}`, got {model.max_positions}"
-        )
-    filled: ModelConfig = model.model_copy(update={"vocab_size": model.vocab_size or vocabulary})
-    return settings.model_copy(update={"model": filled})
-
-
-def build_module(settings: RunConfig, dataset: ShardDataset) -> ObjectiveModule:
-    """Model and objective; the weights follow from the seed alone."""
-    tokenizer = dataset.tokenizer
-    ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
-    objective = objectives.build(settings.objective, ids, tokenizer.word_starts, settings.model.length_classes)
-    rng.seed(settings.seed)
-    try:
-        model = EncoderDecoder(settings.model, ids, settings.engine.activation_checkpointing, settings.engine.backend)
-    except ValueError as error:
-        raise ConfigError(f"`engine.backend`: {error}") from None
-    return ObjectiveModule(model, objective)
-
-
-def build_stream(settings: RunConfig, dataset: ShardDataset, objective: Any, world: World) -> SampleStream:
-    """The stream of training samples, after checking that every rank can have one."""
-    corpus = ShardCorpus(dataset, "train")
-    if sum(corpus.sizes) < world.size:
-        raise DataError(
-            f"`{settings.data.path}` must have at least one training sample for each of {world.size} ranks, "
-            f"it has {sum(corpus.sizes)}"
-        )
-    weights = settings.data.weights
-    if weights is not None and set(weights) != set(corpus.names):
-        raise ConfigError(f"`data.weights` must name {', '.join(corpus.names)}, got {', '.join(weights)}")
-    return SampleStream(
-        corpus,
-        objective,
-        seed=settings.seed,
-        batch=BatchSize(**settings.batch.model_dump()),
-        valid=ShardCorpus(dataset, "valid"),
-        weights=None if weights is None else [weights[name] for name in corpus.names],
-        workers=settings.data.workers,
-    )
 
 
 def claim(settings: RunConfig, store: Store) -> dict[str, Any]:
@@ -257,12 +197,6 @@ def resume(store: Store, engine: Engine, world: World, seed: int, data: str) -> 
             f"it holds {data:.12}"
         )
     return Progress.from_json(saved)
-
-
-def readable(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
-    """Text with a box for every MASK."""
-    parts = groupby(ids, key=lambda number: number == tokenizer.mask)
-    return "".join(" ▢" * len(list(run)) if masked else tokenizer.decode(run) for masked, run in parts)
 
 
 def together(make: Callable[[], MadeT]) -> MadeT:

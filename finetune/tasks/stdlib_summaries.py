@@ -49,13 +49,13 @@ class StdlibSummaries:
 
 
 def pair_of(docstring: str) -> Pair | None:
-    """The pair of a docstring; None where it has no one-line summary or a part is too short."""
+    """The pair of a docstring; None where it has no one-line summary, a part is too short or the rest repeats it."""
     first, blank, rest = docstring.strip().partition("\n\n")
     source, target = one_line(rest), one_line(first)
     words = source.split()
     if not blank or "\n" in first.strip():
         return None
-    if len(target.split()) not in SUMMARY_WORDS or len(words) < FEWEST_SOURCE_WORDS:
+    if len(target.split()) not in SUMMARY_WORDS or len(words) < FEWEST_SOURCE_WORDS or source.startswith(target):
         return None
     return Pair(" ".join(words[:MOST_SOURCE_WORDS]), target)
 

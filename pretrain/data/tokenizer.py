@@ -6,6 +6,7 @@ never becomes the special id, so a corpus cannot forge the rows that the objecti
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ LARGEST_VOCAB = 2**24
 TOKENIZER_FILE = "tokenizer.json"
 # byte-level BPE writes the space before a word as the first letter, SentencePiece as the second.
 WORD_MARKS = ("Ġ", "▁")
+# Training takes quadratic time in the length of a word, so one of a megabyte would take minutes; encoding does not.
+ENORMOUS_WORD = re.compile(r"\S{1000,}")
 
 
 class TextTokenizer:
@@ -93,7 +96,7 @@ def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int) -> TextToke
     """Trains byte-level BPE on `texts`; the same texts give the same bytes.
 
     Ids 0..4 are <s> <pad> </s> <unk> <mask>, then the 256 bytes, then merges. A small corpus may give fewer
-    than `vocab_size` tokens.
+    than `vocab_size` tokens. Words of 1,000 characters and more are left out.
 
     Raises:
         ConfigError: `vocab_size` out of range.
@@ -116,7 +119,7 @@ def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int) -> TextToke
         nonlocal seen
         for text in texts:
             seen = True
-            yield text
+            yield ENORMOUS_WORD.sub("", text)
 
     tokenizer.train_from_iterator(watched(), trainer)
     if not seen:

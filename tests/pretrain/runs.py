@@ -13,13 +13,28 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pretrain.runs import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "the a small large red blue cat dog bird house tree river runs sleeps sings near under over and quickly".split()
+WORDS = (
+    "the",
+    "a",
+    "small",
+    "red",
+    "cat",
+    "dog",
+    "house",
+    "river",
+    "runs",
+    "sleeps",
+    "near",
+    "under",
+    "and",
+    "quickly",
+)
 
 CONFIG = """
 name: tiny
 runs: {runs}
 data: {{path: {data}, workers: 0}}
-model: {{d_model: 16, encoder_layers: 1, decoder_layers: 2, heads: 2, ffn_dim: 32, max_positions: 64}}
+model: {{d_model: 16, encoder_layers: 1, decoder_layers: 2, heads: 2, ffn_dim: 32, max_positions: 128}}
 objective: {{name: janus}}
 batch: {{samples: 6, micro_max_tokens: 96}}
 optim: {{lr: 1e-2, warmup: 2}}

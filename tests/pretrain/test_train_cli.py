@@ -1,5 +1,6 @@
 """The command line end to end: prepare, train, killed and stopped, hand-off; and what a first user gets wrong."""
 
+import errno
 import json
 import random
 import shutil
@@ -13,6 +14,7 @@ import yaml
 
 from pretrain.__main__ import main
 from pretrain.bundle import load_bundle
+from pretrain.objectives.janus import Janus
 from pretrain.runs import read_events
 from tests.pretrain.runs import scalars, start, training_curve, wait_for_save, write_config, write_text
 
@@ -175,7 +177,7 @@ def test_usage_errors_exit_2_and_help_imports_no_torch():
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2
-    script = "import sys, pretrain.__main__ as m\ntry: m.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    script = "import sys, pretrain.__main__ as m\ntry: m.main(['-h'])\nexcept SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip().endswith("False")
 
@@ -195,3 +197,29 @@ def test_two_jobs_may_not_share_a_run(data, tmp_path, capsys):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_full_disk_is_exit_code_6(data, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "tb/events")
+
+    monkeypatch.setattr("pretrain.train.main", full)
+    assert main(["train", str(write_config(tmp_path, data))]) == 6
+    assert last_line(capsys.readouterr()) == "error: no space left to write `tb/events`: No space left on device"
+
+
+def test_a_loss_that_is_not_finite_is_exit_code_7_and_is_never_committed(data, tmp_path, capsys, monkeypatch):
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    assert main(["train", str(config), "train.save_every=1", "train.steps=2"]) == 0
+    true = Janus.losses
+
+    def poisoned(self, model, batch, scale):
+        total, sums = true(self, model, batch, scale)
+        return total, {**sums, "kl_nar_aux": sums["kl_nar_aux"] * float("nan")}
+
+    monkeypatch.setattr(Janus, "losses", poisoned)
+    assert main(["train", str(config), "train.save_every=1"]) == 7
+    assert "loss term `kl_nar_aux` must be finite, was nan at step 3" in last_line(capsys.readouterr())
+    assert (run / "latest").read_text().strip() == "step-00000002"
+    event = read_events(run)[-1]
+    assert (event["event"], event["kind"], event["step"]) == ("error", "NonFiniteError", 2)

@@ -7,28 +7,7 @@ import pytest
 
 from pretrain.data.prepare import prepare
 
-WORDS = [
-    "the",
-    "a",
-    "river",
-    "tree",
-    "stone",
-    "bird",
-    "sings",
-    "falls",
-    "near",
-    "under",
-    "old",
-    "new",
-    "bright",
-    "slow",
-    "and",
-    "or",
-    "while",
-    "Mary",
-    "John",
-    "water",
-]
+WORDS = "the a river tree stone bird sings falls near under old new bright slow and or Mary John water".split()  # noqa: SIM905
 
 
 def write_corpus(file: Path, documents: int, seed: int) -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 import shutil
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def second_shard(folder: Path) -> Path:
     return folder / read_manifest(folder).shards[1].file
 
 
-def _send_sums(dataset: ShardDataset, pipe: multiprocessing.connection.Connection) -> None:
+def _send_sums(dataset: ShardDataset, pipe: Connection) -> None:
     pipe.send([int(dataset.tokens(i).sum()) for i in range(len(dataset))])
 
 

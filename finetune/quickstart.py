@@ -1,0 +1,170 @@
+"""`make quickstart`: text -> tokenizer -> pre-training on two CPU ranks -> hand-off -> fine-tuned AR and NAR -> scores.
+
+Every step is a command that a person could type; it is printed before it runs. The table at the end is read back
+from what the steps left on disk. Started again, finished steps are continued or skipped, as the commands do.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.errors import DataError
+
+TASK = "stdlib-summaries"
+WAYS = {
+    "AR, beam 4": ("ar", {"beam": 4}),
+    "NAR, 1 pass": ("nar", {"iterations": 0}),
+    "NAR, 5 passes": ("nar", {"iterations": 4}),
+}
+SENTENCES = 100
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Where it works and how long it trains."""
+
+    folder: Path
+    objective: str
+    steps: int | None
+    tune_steps: int | None
+
+    @property
+    def run(self) -> str:
+        return f"quickstart-{self.objective}"
+
+    def data(self) -> None:
+        """Shards and tokenizer from the documentation that ships with Python."""
+        python(
+            "-m", "pretrain", "prepare", "--out", f"{self.folder}/data", "--source", "stdlib-docs",
+            "--train-tokenizer", "8192", "--max-length", "128",
+        )  # fmt: skip
+
+    def pretrain(self) -> None:
+        """Two ranks, ZeRO-2."""
+        overrides = [f"name={self.run}", f"runs={self.folder}/runs", f"data.path={self.folder}/data"]
+        overrides += [f"objective.name={self.objective}", *(f"train.steps={n}" for n in [self.steps] if n)]
+        launch = ["deepspeed", "--num_gpus", "2", "--module", "pretrain", "train", "configs/pretrain/quickstart.yaml"]
+        command(*launch, *overrides)
+
+    def handoff(self) -> None:
+        """The bundle that fine-tuning starts from; made anew, in case training went on."""
+        shutil.rmtree(self.bundle, ignore_errors=True)
+        python("-m", "pretrain", "handoff", f"{self.folder}/runs/{self.run}", "--out", str(self.bundle))
+
+    def finetune(self, runner: str) -> None:
+        """Docstring without its first line -> its first line."""
+        overrides = [f"name={self.tuned(runner)}", f"runs={self.folder}/runs", f"bundle={self.bundle}"]
+        overrides += [f"train.steps={n}" for n in [self.tune_steps] if n]
+        python("-m", "finetune", "train", f"configs/finetune/stdlib_summaries/{runner}.yaml", *overrides)
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "bundles" / self.run
+
+    def tuned(self, runner: str) -> str:
+        return f"{self.run}-{runner}"
+
+    def table(self) -> list[str]:
+        """Losses, then quality and latency of each way to write."""
+        runs = self.folder / "runs"
+        lines = [f"{'loss':34}{'first':>8}{'last':>8}"]
+        for name in (self.run, self.tuned("ar"), self.tuned("nar")):
+            for term, first, last in losses(runs / name / "tb"):
+                lines.append(f"{name + ' ' + term:34}{first:8.2f}{last:8.2f}")
+        lines += ["", f"{'test set of ' + TASK:24}{'ROUGE-1':>9}{'ROUGE-L':>9}{'ms a sentence':>15}{'passes':>9}"]
+        return [*lines, *(self._written(way) for way in WAYS)]
+
+    def _written(self, way: str) -> str:
+        """Writes the test sources one by one, as the papers time it, and scores the texts."""
+        from finetune import tasks
+        from finetune.generate import generate
+        from finetune.score import score
+        from finetune.tasks.pairs import read_lines
+
+        mode, options = WAYS[way]
+        run = self.folder / "runs" / self.tuned(mode)
+        source, target, texts = (run / "task" / f"test.{kind}" for kind in ("source", "target", way.replace(" ", "-")))
+        few = {}
+        for path in (source, target):
+            few[path] = path.with_name(f"{path.name}.{SENTENCES}")
+            few[path].write_text("".join(f"{line}\n" for line in read_lines(path)[:SENTENCES]), encoding="utf-8")
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+        say(f"python -m finetune generate {run}/bundle --mode {mode} {flags} --batch-tokens 1 "
+            f"--input {few[source]} --output {texts}")  # fmt: skip
+        written = generate(str(run / "bundle"), mode, str(few[source]), str(texts), options, batch_tokens=1)
+        metrics = tasks.build({"name": TASK}).metrics
+        scores = score(read_lines(texts), read_lines(few[target]), metrics).values
+        passes = sum(written.passes) / len(written.passes)
+        latency = 1000 * written.seconds / len(written.texts)
+        return f"{way:24}{scores['rouge1']:9.2f}{scores['rougeL']:9.2f}{latency:15.1f}{passes:9.1f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs every step; stops with the exit code of the first that fails."""
+    parser = argparse.ArgumentParser(prog="python -m finetune.quickstart", description=__doc__)
+    parser.add_argument("--objective", default="janus", choices=("janus", "cmlm", "denoise"))
+    parser.add_argument("--steps", type=int, help="updates of pre-training; default: the configuration's")
+    parser.add_argument("--tune-steps", type=int, help="updates of each fine-tuning; default: the configurations'")
+    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="everything is written below it")
+    given = parser.parse_args(arguments)
+    started = time.monotonic()
+    work = Quickstart(given.folder, given.objective, given.steps, given.tune_steps)
+    try:
+        work.data()
+        work.pretrain()
+        work.handoff()
+        for runner in ("ar", "nar"):
+            work.finetune(runner)
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    table = work.table()
+    print("\n" + "\n".join(table))
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(f"\n{minutes} min {seconds} s in all. Look further:")
+    print(f"  tensorboard --logdir {work.folder}/runs")
+    print(f"  make quickstart OBJECTIVE={work.objective} STEPS=2000        # resumes where this ended")
+    print(
+        "  deepspeed --module pretrain train configs/pretrain/janus_base.yaml data.path=DIR   # BART-base size, on GPUs"
+    )
+    return 0
+
+
+def losses(folder: Path) -> list[tuple[str, float, float]]:
+    """(term, first value, last value) of every training loss in a TensorBoard folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("loss/")]
+    if not tags:
+        raise DataError(f"`{folder}` must hold the losses of a run, it has none")
+    curves = {tag: events.Scalars(tag) for tag in tags}
+    return [(tag.removeprefix("loss/"), curve[0].value, curve[-1].value) for tag, curve in curves.items()]
+
+
+def python(*arguments: str) -> None:
+    """Runs this interpreter with `arguments`."""
+    command(sys.executable, *arguments)
+
+
+def command(program: str, *arguments: str) -> None:
+    """Prints a command as a person would type it, and runs it."""
+    say(" ".join(["python" if program == sys.executable else program, *arguments]))
+    # Launchers are looked up beside this interpreter first: the environment need not be activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    subprocess.run([program, *arguments], check=True, env={"DS_ACCELERATOR": "cpu", **os.environ, "PATH": path})
+
+
+def say(line: str) -> None:
+    """One printed command."""
+    print(f"\n$ {line}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

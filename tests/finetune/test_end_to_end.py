@@ -1,0 +1,175 @@
+"""A random bundle is tuned for a few steps in both ways, writes, and is scored; resume, refusals and exit codes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from finetune.__main__ import main
+from pretrain.bundle import load_bundle, write_bundle
+from pretrain.bundle_config import Description
+from pretrain.config import ModelConfig
+from pretrain.data.tokenizer import TextTokenizer, train_bpe
+from pretrain.models import EncoderDecoder, SpecialIds
+from pretrain.models.patterns import ArLayout
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
+PAIRS = [(f"{a} {b} {c}", f"{c} {a}") for a in WORDS[:6] for b in WORDS[3:9] for c in WORDS[6:]]
+
+
+def bundle_at(folder: Path, modes: tuple[str, ...], layout: str) -> Path:
+    tokenizer: TextTokenizer = train_bpe([" ".join(pair) for pair in PAIRS], 300)
+    ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn_dim=32,
+        max_positions=64, length_classes=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    weights = EncoderDecoder(config, ids).state_dict()
+    name = "janus" if "ar" in modes else "denoise"
+    description = Description(config, ids, ArLayout.aligned(layout, ids), modes, {"name": name})
+    return write_bundle(folder, weights, description, tokenizer, {"run": "random"})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tune")
+    bundle_at(folder / "janus", ("ar", "nar"), "bos_first")
+    bundle_at(folder / "bart", ("causal",), "eos_first")
+    lines = [f"{source}\t{target}\n" for source, target in PAIRS]
+    (folder / "train.tsv").write_text("".join(lines[20:]), encoding="utf-8")
+    (folder / "valid.tsv").write_text("".join(lines[:10]), encoding="utf-8")
+    (folder / "test.src").write_text("".join(f"{source}\n" for source, _ in PAIRS[10:20]), encoding="utf-8")
+    (folder / "test.tgt").write_text("".join(f"{target}\n" for _, target in PAIRS[10:20]), encoding="utf-8")
+    return folder
+
+
+def config_at(place: Path, name: str, runner_name: str, bundle: str = "janus", **changes: object) -> Path:
+    values = {
+        "name": name, "runs": str(place / "runs"), "bundle": str(place / bundle),
+        "task": {
+            "name": "pairs", "train": str(place / "train.tsv"), "valid": str(place / "valid.tsv"),
+            "test": [str(place / "test.src"), str(place / "test.tgt")],
+        },
+        "runner": {"name": runner_name, "decoding": {"max_length": 16}},
+        "max_source": 32, "max_target": 16, "shown": 3, "batch": {"samples": 8},
+        "train": {"steps": 3, "save_every": 2, "validate_every": 2, "sample_every": 3, "log_every": 1},
+        **changes,
+    }  # fmt: skip
+    path = place / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("runner", "bundle", "modes"),
+    [("ar", "janus", ("ar",)), ("nar", "janus", ("nar",)), ("ar", "bart", ("causal",)), ("nar", "bart", ("nar",))],
+)
+def test_tune_generate_score(
+    place: Path, runner: str, bundle: str, modes: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{bundle}-{runner}"
+    assert main(["train", str(config_at(place, name, runner, bundle))]) == 0
+    run = place / "runs" / name
+    tuned, start = load_bundle(run / "bundle"), load_bundle(place / bundle)
+    assert tuned.description.modes == modes
+    assert tuned.description.layout == start.description.layout
+    assert not torch.equal(tuned.model.shared.weight, start.model.shared.weight)
+    assert tuned.provenance["tuned_from"] == {"run": "random"}
+    assert (run / "samples" / "step_000003.txt").read_text(encoding="utf-8").count("written") == 3
+    assert list((run / "tb").iterdir())
+    assert (run / "task" / "test.source").read_text() == (place / "test.src").read_text()
+    capsys.readouterr()
+
+    hypotheses = place / f"{name}.hyp"
+    arguments = ["generate", str(run / "bundle"), "--mode", runner, "--input", str(place / "test.src")]
+    assert main([*arguments, "--output", str(hypotheses), "--max-length", "16"]) == 0
+    assert "decoder passes a batch" in capsys.readouterr().err
+    lines = hypotheses.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 10
+    # one source a batch gives the same texts in the same order
+    assert main([*arguments, "--output", str(place / "single"), "--max-length", "16", "--batch-tokens", "1"]) == 0
+    assert (place / "single").read_text(encoding="utf-8").splitlines() == lines
+
+    capsys.readouterr()
+    scored = ["score", "--task", "pairs", "--hyp", str(hypotheses), "--ref", str(place / "test.tgt"), "--json"]
+    assert main(scored) == 0
+    assert set(json.loads(capsys.readouterr().out)["scores"]) == {"bleu", "rouge1", "rouge2", "rougeL"}
+
+
+def test_a_stopped_run_continues_to_the_same_weights(place: Path) -> None:
+    changes = {"train": {"steps": 4, "save_every": 2}, "optim": {"schedule": "constant"}, "workers": 1}
+    whole, parts = (config_at(place, name, "nar", **changes) for name in ("whole", "parts"))
+    assert main(["train", str(whole)]) == 0
+    assert main(["train", str(parts), "train.steps=2"]) == 0
+    assert main(["train", str(parts)]) == 0
+    assert '"event": "resume"' in (place / "runs" / "parts" / "events.jsonl").read_text(encoding="utf-8")
+    one, two = (load_bundle(place / "runs" / name / "bundle").model.state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_generation_does_not_see_references(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hidden = place / "alone"
+    hidden.mkdir()
+    (hidden / "test.src").write_text((place / "test.src").read_text())
+    made = []
+    for source in (place / "test.src", hidden / "test.src"):
+        capsys.readouterr()
+        command = ["generate", str(place / "janus"), "--mode", "nar", "--input", str(source), "--output", "-"]
+        assert main([*command, "--max-length", "12", "--iterations", "2"]) == 0
+        made.append(capsys.readouterr())
+    assert made[0].out == made[1].out and made[0].out.count("\n") == 10
+    assert ", 3 decoder passes a batch" in made[0].err
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (["generate", "BART", "--mode", "nar", "--input", "IN", "--output", "-"], 2, "needs a bundle with mode nar"),
+        (
+            ["generate", "JANUS", "--mode", "nar", "--input", "IN", "--output", "-", "--beam", "2"],
+            2,
+            "`--beam` must not",
+        ),
+        (["generate", "NONE", "--mode", "ar", "--input", "IN", "--output", "-"], 5, "lacks config.json"),
+        (["generate", "JANUS", "--mode", "ar", "--input", "NONE", "--output", "-"], 4, "must be a UTF-8 text file"),
+        (["generate", "JANUS", "--mode", "ar", "--input", "IN", "--output", "-", "--max-length", "65"], 3, "positions"),
+        (["score", "--task", "pairs", "--hyp", "IN", "--ref", "TSV"], 4, "got 10 hypotheses and 196 references"),
+        (["score", "--task", "nothing", "--hyp", "IN", "--ref", "IN"], 3, "`task.name` must be one of"),
+    ],
+)
+def test_refusals_are_one_line(
+    place: Path, command: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"BART": "bart", "JANUS": "janus", "IN": "test.src", "TSV": "train.tsv", "NONE": "absent"}
+    assert main([str(place / names[word]) if word in names else word for word in command]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_source": 65}, "`max_source` must be at most the bundle's 64 positions, got 65"),
+        ({"runner": {"name": "narr"}}, "`runner.name` must be one of ar, nar, got 'narr'"),
+        ({"runner": {"name": "nar", "decoding": {"iteration": 1}}}, "did you mean `iterations`?"),
+        ({"bundl": "x"}, "unknown key `bundl`; did you mean `bundle`?"),
+    ],
+)
+def test_bad_configurations(
+    place: Path, changes: dict[str, object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config_at(place, "bad", "nar", **changes))]) == 3
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_refuses_another_task(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_at(place, "fixed", "nar", train={"steps": 2, "save_every": 2})
+    assert main(["train", str(config)]) == 0
+    assert main(["train", str(config), "seed=7"]) == 3
+    assert "`seed` must stay 1" in capsys.readouterr().err
+    # what only concerns validation may change
+    assert main(["train", str(config), "runner.decoding.iterations=2"]) == 0
