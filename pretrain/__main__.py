@@ -71,13 +71,16 @@ def _train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser = commands.add_parser("train", help="train, or continue, the run that a configuration describes")
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-4")
+    parser.add_argument(
+        "--deepspeed_config", metavar="JSON", help="DeepSpeed settings of your own, merged in; a conflict is an error"
+    )
     parser.set_defaults(run=_run_train)
 
 
 def _run_train(given: argparse.Namespace) -> None:
     from pretrain.train import main as train
 
-    train(given.config, given.overrides)
+    train(given.config, given.overrides, given.deepspeed_config)
 
 
 def _handoff(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

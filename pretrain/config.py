@@ -5,6 +5,7 @@ ranges are checked on load, and components receive plain values from here, never
 """
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -209,6 +210,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config `{path}` is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config `{path}` must be a mapping of keys, got {type(values).__name__}")
+    return values
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Parses a JSON object, for settings that belong to another program."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`{path}` must be readable JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"`{path}` must hold a JSON object, got {type(values).__name__}")
     return values
 
 

@@ -29,8 +29,13 @@ PREVIEWS = 4
 MadeT = TypeVar("MadeT")
 
 
-def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Progress:
+def main(
+    config_path: str | Path, overrides: Sequence[str] = (), deepspeed_config: str | Path | None = None
+) -> Progress:
     """Trains, or continues, the run that `config_path` describes; every rank calls it.
+
+    Args:
+        deepspeed_config: a DeepSpeed JSON of the user's own, merged into the derived one.
 
     Raises:
         ParlanceError: with the exit code of `pretrain.errors`; an error that all ranks share is raised by rank 0 while
@@ -40,6 +45,7 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Progress:
     with ExitStack() as stack:
         with told_once(rank):
             settings = config.load(RunConfig, config_path, overrides)
+            user = config.read_json(deepspeed_config) if deepspeed_config else {}
         signals = stack.enter_context(Signals())
         with told_once(rank):
             world = distributed.init()
@@ -51,7 +57,7 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Progress:
             store, repaired = checkpoint.open_store(settings.run_dir)
             stack.callback(store.unlock)
             changed = distributed.rank_zero(lambda: claim(settings, store))
-            engine = build(settings.engine, settings.optim, module, world)
+            engine = build(settings.engine, settings.optim, module, world, user)
             progress = resume(store, engine, world, settings.seed, dataset.manifest.index_sha256)
         run = Run(settings, world, engine, stream, dataset, store, progress, stack)
         run.announce(repaired, changed)

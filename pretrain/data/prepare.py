@@ -35,7 +35,7 @@ from pretrain.data.shard_pool import write_shards
 from pretrain.data.shards import PARTS_FOLDER, ShardRecord, check_max_length, record_path, token_dtype
 from pretrain.data.sources import Source, parse_sources
 from pretrain.data.text import clean, sentences
-from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer, train_bpe
+from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer, check_vocab_size, train_bpe
 from pretrain.errors import DataError
 
 SHARD_BYTES = 16 << 20
@@ -59,7 +59,7 @@ def prepare(
     Args:
         out: a new or empty folder, or one that an earlier run with the same arguments left.
         sources: `stdlib-docs`, `NAME=text:GLOB`, `NAME=text-file:GLOB`.
-        tokenizer: a tokenizer.json or a folder with one; or
+        tokenizer: a tokenizer.json, a folder with one or the id of a Hugging Face repository with one; or
         train_vocab: size of a byte-level BPE to train on the sources. Exactly one of the two.
         workers: processes that write shards; 1 works in this process.
         max_length: tokens of a sample at most, BOS and EOS counted.
@@ -78,7 +78,7 @@ def prepare(
     _check_range("shard_bytes", shard_bytes, 1, 1 << 30)
     check_max_length(max_length)
     parsed = parse_sources(sources)
-    given = TextTokenizer.from_path(tokenizer) if tokenizer is not None else None
+    given = TextTokenizer.from_path_or_hub(tokenizer) if tokenizer is not None else None
     plan = Plan(
         sources=tuple(sources),
         tokenizer_sha256=given.sha256 if given else None,
@@ -90,6 +90,11 @@ def prepare(
         python=platform.python_version() if any(source.kind == "stdlib-docs" for source in parsed) else None,
     )
     folder = Path(out)
+    if not (folder / MANIFEST_FILE).exists():
+        # Before the folder is claimed for a plan, so that a wrong path or number can be put right.
+        if train_vocab is not None:
+            check_vocab_size(train_vocab)
+        _check_not_empty(parsed)
     finished = _claim(folder, plan)
     if finished is not None:
         return finished
@@ -104,6 +109,12 @@ def prepare(
 def _check_range(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise DataError(f"`{name}` must be from {low} to {high}, got {value}")
+
+
+def _check_not_empty(sources: Sequence[Source]) -> None:
+    for source in sources:
+        if next(source.documents(), None) is None:
+            raise DataError(f"source `{source.name}` must hold text, it is empty")
 
 
 def _claim(folder: Path, plan: Plan) -> Manifest | None:

@@ -21,6 +21,7 @@ SPECIAL_TOKENS = (BOS, PAD, EOS, UNK, MASK)
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 LARGEST_VOCAB = 2**24
 TOKENIZER_FILE = "tokenizer.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # byte-level BPE writes the space before a word as the first letter, SentencePiece as the second.
 WORD_MARKS = ("Ġ", "▁")
 # Training takes quadratic time in the length of a word, so one of a megabyte would take minutes; encoding does not.
@@ -66,6 +67,20 @@ class TextTokenizer:
             raise DataError(f"tokenizer `{path}` must be a tokenizer.json or a folder with one: {error}") from None
 
     @classmethod
+    def from_path_or_hub(cls, path_or_id: str) -> "TextTokenizer":
+        """`from_path`, or tokenizer.json of the Hugging Face repository `OWNER/NAME` if no such path exists."""
+        if Path(path_or_id).exists() or not HUB_ID.fullmatch(path_or_id):
+            return cls.from_path(path_or_id)
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = hf_hub_download(path_or_id, TOKENIZER_FILE)
+        except Exception as error:  # network, missing repository, offline mode: each has a type of its own
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"tokenizer `{path_or_id}` is no local path and cannot be downloaded: {reason}") from None
+        return cls.from_path(file)
+
+    @classmethod
     def from_json(cls, text: str) -> "TextTokenizer":
         """Builds the tokenizer from the text of a tokenizer.json."""
         return cls(text)
@@ -92,6 +107,12 @@ class TextTokenizer:
         write_atomic(Path(folder) / TOKENIZER_FILE, self.json_text.encode())
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises `ConfigError` for a size that `train_bpe` cannot make."""
+    if not SMALLEST_VOCAB <= vocab_size <= LARGEST_VOCAB:
+        raise ConfigError(f"vocabulary size must be from {SMALLEST_VOCAB} to {LARGEST_VOCAB}, got {vocab_size}")
+
+
 def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int) -> TextTokenizer:
     """Trains byte-level BPE on `texts`; the same texts give the same bytes.
 
@@ -102,8 +123,7 @@ def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int) -> TextToke
         ConfigError: `vocab_size` out of range.
         DataError: `texts` is empty.
     """
-    if not SMALLEST_VOCAB <= vocab_size <= LARGEST_VOCAB:
-        raise ConfigError(f"vocabulary size must be from {SMALLEST_VOCAB} to {LARGEST_VOCAB}, got {vocab_size}")
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,5 +1,7 @@
 """Small random models and sources for the decoding tests."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -10,9 +12,9 @@ IDS = SpecialIds(bos=0, pad=1, eos=2, mask=4, unk=3)
 SPECIAL = (0, 1, 2, 3, 4)
 
 
-def tiny_model(vocab: int = 40, seed: int = 0, **changes: object) -> EncoderDecoder:
+def tiny_model(vocab: int = 40, seed: int = 0, **changes: Any) -> EncoderDecoder:
     """float64, eval mode, weights large enough for distinct decisions."""
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "vocab_size": vocab, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "heads": 2, "ffn_dim": 32,
         "max_positions": 64, "length_classes": 32, "init_std": 0.5,
     }  # fmt: skip

@@ -10,10 +10,11 @@ import torch
 from finetune.decoding import BeamOptions, beam_search
 from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder, pack_streams
-from pretrain.models.patterns import ArLayout, ar_two_stream, causal
+from pretrain.models.incremental import StreamName
+from pretrain.models.patterns import ArLayout, Layout, ar_two_stream, causal
 from tests.finetune.models import IDS, SPECIAL, pack, some_sources, tiny_model
 
-LAYOUTS = [("bos_first", "query"), ("eos_first", "query"), ("eos_first", "content")]
+LAYOUTS: list[tuple[Layout, StreamName]] = [("bos_first", "query"), ("eos_first", "query"), ("eos_first", "content")]
 
 
 def favour_eos(model: EncoderDecoder) -> None:
@@ -24,7 +25,7 @@ def favour_eos(model: EncoderDecoder) -> None:
 
 @torch.no_grad()
 def log_probabilities(
-    model: EncoderDecoder, source: np.ndarray, text: list[int], layout: ArLayout, stream: str
+    model: EncoderDecoder, source: np.ndarray, text: list[int], layout: ArLayout, stream: StreamName
 ) -> torch.Tensor:
     """[len(text) + 1, V]: of every token of the text and of what follows it, by one full forward."""
     target, memory = np.array([IDS.bos, *text, IDS.eos]), (0, len(source))
@@ -38,7 +39,7 @@ def log_probabilities(
 
 @pytest.mark.parametrize(("start", "stream"), LAYOUTS)
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
-def test_a_wide_beam_is_exhaustive_search(start: str, stream: str, penalty: float) -> None:
+def test_a_wide_beam_is_exhaustive_search(start: Layout, stream: StreamName, penalty: float) -> None:
     model, layout = tiny_model(vocab=8), ArLayout.aligned(start, IDS)
     sources = some_sources((2, 4, 3), vocab=8)
     found = beam_search(
@@ -56,7 +57,7 @@ def test_a_wide_beam_is_exhaustive_search(start: str, stream: str, penalty: floa
 
 
 @pytest.mark.parametrize(("start", "stream"), LAYOUTS)
-def test_a_beam_of_one_is_greedy(start: str, stream: str) -> None:
+def test_a_beam_of_one_is_greedy(start: Layout, stream: StreamName) -> None:
     model, layout = tiny_model(), ArLayout.aligned(start, IDS)
     favour_eos(model)
     sources = some_sources()
@@ -89,7 +90,7 @@ def test_special_tokens_are_never_written_even_when_likeliest() -> None:
 
 
 @pytest.mark.parametrize(("start", "stream"), LAYOUTS)
-def test_other_sentences_and_their_order_do_not_matter(start: str, stream: str) -> None:
+def test_other_sentences_and_their_order_do_not_matter(start: Layout, stream: StreamName) -> None:
     model, layout, sources = tiny_model(seed=4), ArLayout.aligned(start, IDS), some_sources()
     favour_eos(model)
     options = BeamOptions(beam=3, max_length=14)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,17 +10,17 @@ import yaml
 
 from finetune.__main__ import main
 from pretrain.bundle import load_bundle, write_bundle
-from pretrain.bundle_config import Description
+from pretrain.bundle_config import Description, Mode
 from pretrain.config import ModelConfig
 from pretrain.data.tokenizer import TextTokenizer, train_bpe
 from pretrain.models import EncoderDecoder, SpecialIds
-from pretrain.models.patterns import ArLayout
+from pretrain.models.patterns import ArLayout, Layout
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 PAIRS = [(f"{a} {b} {c}", f"{c} {a}") for a in WORDS[:6] for b in WORDS[3:9] for c in WORDS[6:]]
 
 
-def bundle_at(folder: Path, modes: tuple[str, ...], layout: str) -> Path:
+def bundle_at(folder: Path, modes: tuple[Mode, ...], layout: Layout) -> Path:
     tokenizer: TextTokenizer = train_bpe([" ".join(pair) for pair in PAIRS], 300)
     ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
     config = ModelConfig(
@@ -46,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_at(place: Path, name: str, runner_name: str, bundle: str = "janus", **changes: object) -> Path:
+def config_at(place: Path, name: str, runner_name: str, bundle: str = "janus", **changes: Any) -> Path:
     values = {
         "name": name, "runs": str(place / "runs"), "bundle": str(place / bundle),
         "task": {
@@ -68,7 +69,7 @@ def config_at(place: Path, name: str, runner_name: str, bundle: str = "janus", *
     [("ar", "janus", ("ar",)), ("nar", "janus", ("nar",)), ("ar", "bart", ("causal",)), ("nar", "bart", ("nar",))],
 )
 def test_tune_generate_score(
-    place: Path, runner: str, bundle: str, modes: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    place: Path, runner: str, bundle: str, modes: tuple[Mode, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = f"{bundle}-{runner}"
     assert main(["train", str(config_at(place, name, runner, bundle))]) == 0
@@ -100,7 +101,7 @@ def test_tune_generate_score(
 
 
 def test_a_stopped_run_continues_to_the_same_weights(place: Path) -> None:
-    changes = {"train": {"steps": 4, "save_every": 2}, "optim": {"schedule": "constant"}, "workers": 1}
+    changes: dict[str, Any] = {"train": {"steps": 4, "save_every": 2}, "optim": {"schedule": "constant"}, "workers": 1}
     whole, parts = (config_at(place, name, "nar", **changes) for name in ("whole", "parts"))
     assert main(["train", str(whole)]) == 0
     assert main(["train", str(parts), "train.steps=2"]) == 0
@@ -160,7 +161,7 @@ def test_refusals_are_one_line(
     ],
 )
 def test_bad_configurations(
-    place: Path, changes: dict[str, object], message: str, capsys: pytest.CaptureFixture[str]
+    place: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", str(config_at(place, "bad", "nar", **changes))]) == 3
     assert message in capsys.readouterr().err

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from finetune import runners
 from finetune.generate import batches, without_repeats
-from pretrain.bundle_config import Description
+from pretrain.bundle_config import Description, Mode
 from pretrain.errors import ConfigError
 from pretrain.models.patterns import ArLayout
 from pretrain.objectives import Example, ObjectiveModule, build
@@ -28,7 +28,7 @@ def test_dedup() -> None:
     assert without_repeats(np.array([], np.int64)).tolist() == []
 
 
-def description(modes: tuple[str, ...], layout: ArLayout) -> Description:
+def description(modes: tuple[Mode, ...], layout: ArLayout) -> Description:
     return Description(tiny_model().config, IDS, layout, modes, {"name": "any"})
 
 
@@ -41,7 +41,7 @@ def description(modes: tuple[str, ...], layout: ArLayout) -> Description:
     ],
 )
 def test_a_runner_trains_its_mode_alone(
-    runner: str, modes: tuple[str, ...], tuned: tuple[str, ...], term: str, positions: int | None
+    runner: str, modes: tuple[Mode, ...], tuned: tuple[str, ...], term: str, positions: int | None
 ) -> None:
     layout = ArLayout("bos_first", 0, IDS) if "ar" in modes else ArLayout.aligned("eos_first", IDS)
     made = runners.build({"name": runner}, description(modes, layout))

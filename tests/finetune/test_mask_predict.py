@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.decoding import MaskPredictOptions, mask_predict
-from finetune.decoding.length import candidate_lengths
+from finetune.decoding.length import LengthChoice, candidate_lengths
 from finetune.decoding.mask_predict import hidden_count
 from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder, pack_streams
@@ -63,7 +63,7 @@ def reference(
 
 @pytest.mark.parametrize("iterations", [0, 1, 4, 10])
 @pytest.mark.parametrize(("choice", "early_stop"), [("contiguous", False), ("topk", True)])
-def test_it_follows_the_definition(iterations: int, choice: str, early_stop: bool) -> None:
+def test_it_follows_the_definition(iterations: int, choice: LengthChoice, early_stop: bool) -> None:
     model, sources = tiny_model(seed=1), some_sources()
     options = MaskPredictOptions(
         iterations=iterations, length_beam=3, length_choice=choice, max_length=20, early_stop=early_stop
@@ -82,7 +82,7 @@ def test_it_follows_the_definition(iterations: int, choice: str, early_stop: boo
 @pytest.mark.parametrize("iterations", [0, 1, 4, 10])
 def test_passes_are_iterations_plus_one(iterations: int) -> None:
     model, calls = tiny_model(), []
-    model.decoder.layers[0].feed_forward.register_forward_hook(lambda *_: calls.append(1))
+    model.decoder.layers[0].get_submodule("feed_forward").register_forward_hook(lambda *_: calls.append(1))
     found = mask_predict(model, pack(some_sources()), MaskPredictOptions(iterations=iterations))
     assert found.passes == len(calls) == iterations + 1
 
@@ -135,7 +135,7 @@ def logits_for(*best_first: int, classes: int = 12) -> torch.Tensor:
 
 
 def test_candidate_lengths() -> None:
-    def choose(logits: torch.Tensor, beam: int, choice: str, longest: int = 11) -> list[int]:
+    def choose(logits: torch.Tensor, beam: int, choice: LengthChoice, longest: int = 11) -> list[int]:
         return candidate_lengths(logits, beam, choice, longest)[0].tolist()
 
     assert choose(logits_for(6), 1, "contiguous") == [6]

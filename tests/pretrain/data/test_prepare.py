@@ -170,6 +170,10 @@ def test_text_that_changed_between_two_runs_is_refused(arguments: dict, tmp_path
     write_corpus(text, 100, seed=1)
     changed = {**arguments, "sources": [f"a=text:{text}", f"b=text:{tmp_path}/later.txt"], "out": tmp_path / "out"}
     (tmp_path / "later.txt").write_text("")
+    with pytest.raises(DataError, match="source `b` must hold text, it is empty"):
+        prepare(**changed)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "later.txt").write_text("...")
     with pytest.raises(DataError, match="source `b` must hold text"):
         prepare(**changed)
     write_corpus(text, 100, seed=2)
@@ -184,7 +188,9 @@ def test_a_given_tokenizer_is_kept(prepared: Path, corpus: Path, tmp_path: Path)
     assert manifest.token_dtype == "uint16"
 
 
-def test_bad_arguments(arguments: dict, tmp_path: Path) -> None:
+def test_bad_arguments(arguments: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
     def attempt(**change: object) -> None:
         prepare(tmp_path / "out", **{**arguments, **change})
 
@@ -195,12 +201,14 @@ def test_bad_arguments(arguments: dict, tmp_path: Path) -> None:
         ({"max_length": 5}, "max length must be from 6"),
         ({"workers": 0}, "`workers` must be from 1"),
         ({"valid_permille": 1000}, "`valid_permille` must be"),
+        ({"train_vocab": None, "tokenizer": "no/where"}, "`no/where` is no local path"),
         ({"sources": [f"x=text:{tmp_path}/none*"]}, "none"),
     ):
         with pytest.raises(DataError, match=message):
             attempt(**change)
     with pytest.raises(ConfigError, match="vocabulary size"):
         attempt(train_vocab=10)
+    assert not (tmp_path / "out").exists()
 
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(4, 20), st.integers(0, 2**16))

@@ -1,19 +1,23 @@
 """Incremental decoding gives the logits of a full forward, on both streams, after any reordering."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
 
 from pretrain.config import ModelConfig
 from pretrain.models import EncoderDecoder, SourceRows, SpecialIds, pack_streams
-from pretrain.models.incremental import IncrementalDecoder, decode_over, project_memory
-from pretrain.models.patterns import ArLayout, ar_two_stream, causal, nar
+from pretrain.models.incremental import IncrementalDecoder, StreamName, decode_over, project_memory
+from pretrain.models.patterns import ArLayout, Layout, ar_two_stream, causal, nar
 
 IDS = SpecialIds(bos=0, pad=1, eos=2, mask=4, unk=3)
+Norm = Literal["post", "pre"]
+Positions = Literal["learned", "sinusoidal"]
 VOCAB, LENGTH = 40, 6
 
 
-def make_model(norm: str = "post", positions: str = "learned") -> EncoderDecoder:
+def make_model(norm: Norm = "post", positions: Positions = "learned") -> EncoderDecoder:
     torch.manual_seed(3)
     config = ModelConfig(
         vocab_size=VOCAB, d_model=16, encoder_layers=2, decoder_layers=3, heads=2, ffn_dim=32, norm=norm,
@@ -27,7 +31,7 @@ def make_sources(rng: np.random.Generator, count: int = 3) -> list[np.ndarray]:
 
 
 def full_logits(
-    model: EncoderDecoder, source: np.ndarray, fed: np.ndarray, layout: ArLayout, stream: str
+    model: EncoderDecoder, source: np.ndarray, fed: np.ndarray, layout: ArLayout, stream: StreamName
 ) -> torch.Tensor:
     """Logits of every step when `fed` was fed, by one forward over the whole sequence."""
     rows = SourceRows.pack([source])
@@ -45,11 +49,14 @@ def full_logits(
 @pytest.mark.parametrize("stream", ["query", "content"])
 @pytest.mark.parametrize(("start", "offset"), [("bos_first", 0), ("bos_first", 1), ("eos_first", 0)])
 @torch.no_grad()
-def test_incremental_equals_full_forward_through_reorders(norm: str, stream: str, start: str, offset: int) -> None:
+def test_incremental_equals_full_forward_through_reorders(
+    norm: Norm, stream: StreamName, start: Layout, offset: int
+) -> None:
     model, rng = make_model(norm), np.random.default_rng(0)
     layout, sources = ArLayout(start, offset, IDS), make_sources(rng)
     state = IncrementalDecoder(model, SourceRows.pack(sources), layout, stream, LENGTH, capacity=7)
-    owner, fed = [0, 1, 2], [[], [], []]
+    owner: list[int] = [0, 1, 2]
+    fed: list[list[int]] = [[], [], []]
     for step in range(LENGTH):
         tokens = rng.integers(5, VOCAB, size=len(owner))
         if step < len(layout.start):
@@ -84,7 +91,7 @@ def test_the_identity_reorder_and_sinusoidal_positions() -> None:
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @torch.no_grad()
-def test_decoding_over_a_projected_memory_is_decoding(norm: str) -> None:
+def test_decoding_over_a_projected_memory_is_decoding(norm: Norm) -> None:
     model, rng = make_model(norm), np.random.default_rng(2)
     source = SourceRows.pack(make_sources(rng))
     memory = model.encode(source)
