@@ -4,16 +4,14 @@ A command is one function that adds its arguments and names what to run; heavy i
 """
 
 import argparse
-import errno
 import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
-from pretrain.errors import EXIT_DISK, EXIT_DONE, ParlanceError, UsageError
+from pretrain import command_line
+from pretrain.command_line import Commands
+from pretrain.errors import UsageError
 
-Run = Callable[[argparse.Namespace], None]
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 # Decoder options that each mode takes; they are named like the arguments.
 OPTIONS = {
     "ar": ("beam", "length_penalty", "max_length"),
@@ -23,27 +21,12 @@ OPTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code that `pretrain.errors` documents."""
-    parser = argparse.ArgumentParser(
-        prog="python -m finetune", description="Tune a hand-off bundle for a task, write texts with it, score them."
+    return command_line.run(
+        "finetune",
+        "Tune a hand-off bundle for a task, write texts with it, score them.",
+        (_train, _generate, _score),
+        arguments,
     )
-    # The deepspeed launcher puts this in front of the command; ranks are read from the environment.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_train, _generate, _score):
-        add(commands)
-    given = parser.parse_args(arguments)
-    run: Run = given.run
-    try:
-        run(given)
-    except ParlanceError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: no space left to write `{error.filename}`: {error.strerror}", file=sys.stderr, flush=True)
-        return EXIT_DISK
-    return EXIT_DONE
 
 
 def _train(commands: Commands) -> None:

@@ -8,12 +8,11 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from finetune import runners, tasks
 from finetune.config import TuneConfig
@@ -21,22 +20,16 @@ from finetune.corpus import PairCorpus
 from finetune.hooks import WrittenTexts
 from finetune.runners import Runner, with_modes
 from finetune.tasks import Pair, SplitName
-from pretrain import checkpoint, config, distributed, objectives, rng, runs
+from pretrain import checkpoint, config, distributed, objectives, runs
 from pretrain.bundle import Bundle, load_bundle, write_bundle
-from pretrain.commit import Store
 from pretrain.data.plan import BatchSize
 from pretrain.data.stream import SampleStream
-from pretrain.distributed import World
-from pretrain.engine import Engine, build
-from pretrain.errors import CheckpointError, ConfigError, DataError, ParlanceError, Requeue
-from pretrain.flatten import flatten
-from pretrain.hooks import Save, Signals, Skips, StopOnSignal, Validation
-from pretrain.loop import Hook, Progress, StepReport, fit
+from pretrain.engine import build
+from pretrain.errors import ConfigError
+from pretrain.hooks import Signals
+from pretrain.loop import Hook, Progress
 from pretrain.objectives import ObjectiveModule
-from pretrain.optim import learning_rate
-from pretrain.progress import Console
-from pretrain.tensorboard import TensorBoard
-from pretrain.train import together, told_once
+from pretrain.run import Run, claim, together, told_once
 
 BUNDLE, TASK = "bundle", "task"
 # What decides the order of the data, the model and the objective: the past of a run cannot be of two kinds.
@@ -79,143 +72,72 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
             data = together(lambda: read_data(settings, bundle))
             stream, module = assemble(settings, bundle, runner, data)
             store, repaired = checkpoint.open_store(settings.run_dir)
-            changed = distributed.rank_zero(lambda: claim(settings, store))
+            stack.callback(store.unlock)
+            changed = distributed.rank_zero(lambda: claim(settings, store, FIXED, FREE))
             engine = build(settings.engine, settings.optim, module, world)
-            progress = resume(store, engine, world, settings.seed, data.fingerprint)
-        run = Run(settings, world, engine, bundle, runner, data, stream, store, progress, stack)
-        run.announce(repaired, changed)
-        with told_once(rank), run.journal():
-            rate = partial(learning_rate, config=settings.optim, total_steps=settings.train.steps)
-            windows = stream.windows(progress.position, world.rank, world.size)
-            with closing(windows):  # type: ignore[type-var]  # a generator, whose end also ends its workers
-                progress = fit(engine, windows, rate, settings.train.steps, progress, run.hooks(signals))
-            return run.write_bundle(progress)
+            run = Run(settings, world, engine, stream, store, data.fingerprint, "task", stack)
+        write_task(run, data)
+        run.announce(repaired, changed, derived(run, settings, data))
+        with told_once(rank):
+            progress = run.train(signals, written_texts(run, settings, bundle, runner, data))
+            return hand_over(run, settings, bundle, runner, data, progress)
 
 
-class Run:
-    """One life of a run: its folder, what it prints and its periodic work. Only rank 0 has a console and a board."""
+def write_task(run: Run, data: Data) -> None:
+    """RUN/task: validation and test pairs as parallel text files."""
+    if run.world.rank:
+        return
+    for split in ("valid", "test"):
+        for side in ("source", "target"):
+            lines = [getattr(pair, side) for pair in data.pairs[split]]
+            runs.write_text(run.folder / TASK / f"{split}.{side}", "".join(f"{line}\n" for line in lines))
 
-    def __init__(
-        self,
-        settings: TuneConfig,
-        world: World,
-        engine: Engine,
-        bundle: Bundle,
-        runner: Runner,
-        data: Data,
-        stream: SampleStream,
-        store: Store,
-        progress: Progress,
-        stack: ExitStack,
-    ) -> None:
-        self.settings, self.world, self.engine, self.bundle = settings, world, engine, bundle
-        self.runner, self.data, self.stream, self.store = runner, data, stream, store
-        self.progress, self.stack, self.folder, self.reached = progress, stack, settings.run_dir, progress
-        self.console: Console | None = None
-        self.board: TensorBoard | None = None
-        self.events = runs.Events(self.folder)
-        self.environment = runs.describe_environment(world, bundle.model.backend)
 
-    def announce(self, repaired: Sequence[str], changed: dict[str, Any]) -> None:
-        """Rank 0 writes the files of the run, prints what was derived and opens console and board."""
-        if self.world.rank:
-            return
-        text, step = config.dump(self.settings), self.progress.step
-        runs.write_text(self.folder / runs.CONFIG, text)
-        runs.write_json(self.folder / runs.ENVIRONMENT, self.environment)
-        for split in ("valid", "test"):
-            for side in ("source", "target"):
-                lines = [getattr(pair, side) for pair in self.data.pairs[split]]
-                runs.write_text(self.folder / TASK / f"{split}.{side}", "".join(f"{line}\n" for line in lines))
-        for line in [*repaired, *self._derived()]:
-            print(line, file=sys.stderr, flush=True)
-        self.events.add("resume" if step else "start", step, repaired=repaired, changed=changed, **self.environment)
-        train = self.settings.train
-        self.console = Console(step, train.steps, train.log_every)
-        self.stack.callback(self.console.close)
-        self.board = TensorBoard(self.folder / runs.BOARD, step, train.log_every)
-        self.stack.callback(self.board.close)
-        self.board.config(text, self.settings.model_dump(mode="json"))
+def written_texts(run: Run, settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data) -> Hook | None:
+    """Whole texts of a few validation pairs with their scores; None where they are not wanted."""
+    every = settings.train.sample_every
+    if not every:
+        return None
+    shown = (data.pairs["valid"] or data.pairs["train"])[: settings.shown]
+    folder = run.folder / runs.SAMPLES
+    return WrittenTexts(run.engine, runner, bundle.tokenizer, shown, every, folder, run.board, run.note)
 
-    def hooks(self, signals: Signals) -> list[Hook]:
-        """Periodic work in the order it is done after an update; saving comes last, when all else is on disk."""
-        train, note = self.settings.train, self.console.note if self.console else None
-        hooks: list[Hook] = [hook for hook in (self.console, self.board) if hook]
-        if train.validate_every and self.stream.valid is not None:
-            batches = self.stream.fixed_batches(train.validate_batches, self.world.rank, self.world.size)
-            hooks.append(Validation(self.engine, batches, train.validate_every, self.board, note))
-        shown = (self.data.pairs["valid"] or self.data.pairs["train"])[: self.settings.shown]
-        if train.sample_every:
-            tokenizer, folder = self.bundle.tokenizer, self.folder / runs.SAMPLES
-            texts = (self.engine, self.runner, tokenizer, shown, train.sample_every, folder, self.board, note)
-            hooks.append(WrittenTexts(*texts))
-        save = Save(train.save_every, self.save)
-        return [*hooks, Skips(self._skipped), save, StopOnSignal(signals, save)]
 
-    def save(self, progress: Progress) -> None:
-        """Commits a checkpoint and deletes those that `train.keep` no longer covers; collective."""
-        content = {**progress.to_json(), "data": self.data.fingerprint}
-        checkpoint.save(self.store, progress.step, self.engine, self.world, content, keep=self.settings.train.keep)
-        self.reached = progress
-        self._record("save", progress.step)
+def hand_over(run: Run, settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data, progress: Progress) -> Path:
+    """RUN/bundle: the tuned weights, with the modes that the runner has trained; collective."""
+    out = run.folder / BUNDLE
+    weights = {name.removeprefix("model."): value for name, value in run.engine.full_weights().items()}
+    description = with_modes(bundle.description, runner)
+    provenance = {
+        "run": settings.name,
+        **progress.to_json(),
+        "config": settings.model_dump(mode="json"),
+        "environment": run.environment,
+        "pairs": {split: len(pairs) for split, pairs in data.pairs.items()},
+        "tuned_from": bundle.provenance,
+    }
+    distributed.rank_zero(lambda: str(write_bundle(out, weights, description, bundle.tokenizer, provenance)))
+    if run.world.rank == 0:
+        print(f"bundle {out}: modes {', '.join(description.modes)}", file=sys.stderr, flush=True)
+    return out
 
-    def write_bundle(self, progress: Progress) -> Path:
-        """RUN/bundle: the tuned weights, with the modes that the runner has trained; collective."""
-        out = self.folder / BUNDLE
-        weights = {name.removeprefix("model."): value for name, value in self.engine.full_weights().items()}
-        description = with_modes(self.bundle.description, self.runner)
-        provenance = {
-            "run": self.settings.name,
-            **progress.to_json(),
-            "config": self.settings.model_dump(mode="json"),
-            "environment": self.environment,
-            "pairs": {split: len(pairs) for split, pairs in self.data.pairs.items()},
-            "tuned_from": self.bundle.provenance,
-        }
-        distributed.rank_zero(lambda: str(write_bundle(out, weights, description, self.bundle.tokenizer, provenance)))
-        if self.world.rank == 0:
-            print(f"bundle {out}: modes {', '.join(description.modes)}", file=sys.stderr, flush=True)
-        return out
 
-    @contextmanager
-    def journal(self) -> Iterator[None]:
-        """Writes into events.jsonl how training ended."""
-        try:
-            yield
-        except Requeue:
-            self._record("stop", self.reached.step)
-            raise
-        except ParlanceError as error:
-            self._record("error", self.reached.step, kind=type(error).__name__, message=str(error))
-            raise
-        self._record("finish", self.settings.train.steps)
-
-    def _record(self, event: str, step: int, **details: Any) -> None:
-        if self.world.rank == 0:
-            self.events.add(event, step, **details)
-
-    def _skipped(self, report: StepReport) -> None:
-        self._record("skip", report.step, loss_scale=report.loss_scale)
-
-    def _derived(self) -> list[str]:
-        """What follows from the configuration, for people to check before they wait."""
-        settings, train, pairs, step = self.settings, self.data.train, self.data.pairs, self.progress.step
-        plan = self.stream.plan_step(self.progress.position, self.world.size)
-        parameters = sum(math.prod(shape) for shape in self.engine.shapes().values())
-        epochs = self.stream.epoch(plan.count * settings.train.steps)
-        return [
-            f"run {self.folder}: {parameters:,} parameters from {settings.bundle}, runner {settings.runner['name']}, "
-            f"{settings.engine.kind} {settings.engine.precision}, {self.world.size} rank(s) on "
-            f"{self.world.device.type}",
-            f"task {settings.task['name']}: {len(pairs['train']):,} training, {len(pairs['valid']):,} validation and "
-            f"{len(pairs['test']):,} test pairs; {train.cut} sources cut to {settings.max_source} tokens, "
-            f"{train.left_out} targets longer than {settings.max_target} left out",
-            f"batch: about {plan.count} pairs an update, {len(plan.micro[0])} micro-batch(es) a rank; "
-            f"{f'continuing at step {step}' if step else 'starting'}: "
-            f"{max(settings.train.steps - step, 0)} of {settings.train.steps} updates to do, "
-            f"{epochs:.1f} epochs in all",
-            f"watch: tensorboard --logdir {self.folder / runs.BOARD}",
-        ]
+def derived(run: Run, settings: TuneConfig, data: Data) -> list[str]:
+    """What follows from the configuration, for people to check before they wait."""
+    train, pairs, step, steps = data.train, data.pairs, run.progress.step, settings.train.steps
+    plan = run.stream.plan_step(run.progress.position, run.world.size)
+    parameters = sum(math.prod(shape) for shape in run.engine.shapes().values())
+    epochs = run.stream.epoch(plan.count * steps)
+    return [
+        f"run {run.folder}: {parameters:,} parameters from {settings.bundle}, runner {settings.runner['name']}, "
+        f"{settings.engine.kind} {settings.engine.precision}, {run.world.size} rank(s) on {run.world.device.type}",
+        f"task {settings.task['name']}: {len(pairs['train']):,} training, {len(pairs['valid']):,} validation and "
+        f"{len(pairs['test']):,} test pairs; {train.cut} sources cut to {settings.max_source} tokens, "
+        f"{train.left_out} targets longer than {settings.max_target} left out",
+        f"batch: about {plan.count} pairs an update, {len(plan.micro[0])} micro-batch(es) a rank; "
+        f"{f'continuing at step {step}' if step else 'starting'}: "
+        f"{max(steps - step, 0)} of {steps} updates to do, {epochs:.1f} epochs in all",
+    ]
 
 
 def open_bundle(settings: TuneConfig) -> Bundle:
@@ -256,44 +178,3 @@ def assemble(settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data) -
         data.train, objective, seed=settings.seed, batch=batch, valid=data.valid, workers=settings.workers
     )
     return stream, ObjectiveModule(bundle.model, objective)
-
-
-def claim(settings: TuneConfig, store: Store) -> dict[str, Any]:
-    """What changed since the run was last started; raises where this configuration may not continue it."""
-    path = settings.run_dir / runs.CONFIG
-    if not path.exists() or not store.commits():
-        return {}
-    if settings.train.resume == "never":
-        raise CheckpointError(
-            f"run `{settings.run_dir}` has checkpoints and `train.resume` is never: choose another `name`"
-        )
-    before, now = config.load(TuneConfig, path), settings
-    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
-    changed = {
-        key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
-    }
-    for key, (was, given) in changed.items():
-        if _within(key, FIXED) and not _within(key, FREE):
-            raise ConfigError(
-                f"`{key}` must stay {was!r} in run `{settings.run_dir}`, got {given!r}: continue with the old value or "
-                "choose another `name`"
-            )
-    return changed
-
-
-def _within(key: str, sections: Sequence[str]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
-
-
-def resume(store: Store, engine: Engine, world: World, seed: int, data: str) -> Progress:
-    """Restores the last verified checkpoint; without one, gives each rank dropout of its own and starts at 0."""
-    saved = checkpoint.load_latest(store, engine, world, seed)
-    if saved is None:
-        rng.seed(seed, 0, world.rank)
-        return Progress()
-    if saved.get("data") != data:
-        raise DataError(
-            f"`task` must give the training pairs that run `{store.run_dir}` began with ({saved.get('data')!s:.12}), "
-            f"it gives {data:.12}"
-        )
-    return Progress.from_json(saved)

@@ -4,42 +4,25 @@ A command is one function that adds its arguments and names what to run; heavy i
 """
 
 import argparse
-import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from pretrain.errors import EXIT_DISK, EXIT_DONE, ParlanceError
-
-Run = Callable[[argparse.Namespace], None]
+from pretrain import command_line
+from pretrain.command_line import Commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code that `pretrain.errors` documents."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain", description="Pre-train encoder-decoder language models that write in parallel."
+    return command_line.run(
+        "pretrain",
+        "Pre-train encoder-decoder language models that write in parallel.",
+        (_prepare, _train, _handoff),
+        arguments,
     )
-    # The deepspeed launcher puts this in front of the command; ranks are read from the environment.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_prepare, _train, _handoff):
-        add(commands)
-    given = parser.parse_args(arguments)
-    run: Run = given.run
-    try:
-        run(given)
-    except ParlanceError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: no space left to write `{error.filename}`: {error.strerror}", file=sys.stderr, flush=True)
-        return EXIT_DISK
-    return EXIT_DONE
 
 
-def _prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _prepare(commands: Commands) -> None:
     parser = commands.add_parser("prepare", help="text -> shards, manifest, index and tokenizer")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards; continued if begun before")
     parser.add_argument(
@@ -67,7 +50,7 @@ def _run_prepare(given: argparse.Namespace) -> None:
     )
 
 
-def _train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _train(commands: Commands) -> None:
     parser = commands.add_parser("train", help="train, or continue, the run that a configuration describes")
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-4")
@@ -83,7 +66,7 @@ def _run_train(given: argparse.Namespace) -> None:
     train(given.config, given.overrides, given.deepspeed_config)
 
 
-def _handoff(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _handoff(commands: Commands) -> None:
     parser = commands.add_parser("handoff", help="last verified checkpoint of a run -> bundle for fine-tuning")
     parser.add_argument("run_dir", metavar="RUN", help="folder of the run, for example runs/quickstart")
     parser.add_argument("--out", required=True, metavar="BUNDLE", help="folder to write")

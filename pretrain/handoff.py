@@ -30,7 +30,7 @@ def handoff(run_dir: str | Path, out: str | Path) -> Path:
         DataError: the data folder of the run is gone or its tokenizer is another one.
     """
     run = Path(run_dir)
-    config = read_config(run)
+    config = read_config(run, RunConfig)
     if config is None:
         raise CheckpointError(f"`{run_dir}` must be the folder of a run, it has no {CONFIG}")
     commit = Store(run).latest()

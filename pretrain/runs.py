@@ -5,45 +5,48 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel
 
 from pretrain import config as configuration
-from pretrain.config import RunConfig
 from pretrain.data.files import write_atomic
 from pretrain.distributed import World
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.flatten import flatten
 
 CONFIG, ENVIRONMENT, EVENTS, BOARD, SAMPLES = "config.yaml", "env.json", "events.jsonl", "tb", "samples"
-# What decides the order of the data, the model and the objective: the past of a run cannot be of two kinds.
-FIXED = ("seed", "data.weights", "data.on_bad_shard", "model", "objective", "batch.samples", "batch.tokens")
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "safetensors", "pydantic")
 
 
-def read_config(run_dir: Path) -> RunConfig | None:
+def read_config(run_dir: Path, kind: type[ConfigT]) -> ConfigT | None:
     """The configuration the run was last started with; None where there is none."""
     path = run_dir / CONFIG
-    return configuration.load(RunConfig, path) if path.exists() else None
+    return configuration.load(kind, path) if path.exists() else None
 
 
-def check_continues(config: RunConfig, before: RunConfig) -> dict[str, list[Any]]:
+def check_continues(
+    config: BaseModel, before: BaseModel, run_dir: Path, fixed: Sequence[str], free: Sequence[str] = ()
+) -> dict[str, list[Any]]:
     """What changed, {key: [before, now]}, since the run was last started.
 
+    fixed: keys or sections that must stay as they were; free: exceptions inside them.
+
     Raises:
-        ConfigError: naming the first changed key that decides data order, model or objective.
+        ConfigError: naming the first changed key that must stay.
     """
     old, new = flatten(before.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
     keys = sorted(old.keys() | new.keys())
     changed = {key: [old.get(key), new.get(key)] for key in keys if old.get(key) != new.get(key)}
     for key, (was, now) in changed.items():
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+        if _within(key, fixed) and not _within(key, free):
             raise ConfigError(
-                f"`{key}` must stay {was!r} in run `{config.run_dir}`, got {now!r}: continue with the old value or "
+                f"`{key}` must stay {was!r} in run `{run_dir}`, got {now!r}: continue with the old value or "
                 "choose another `name`"
             )
     return changed
@@ -107,3 +110,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def _within(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

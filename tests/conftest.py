@@ -18,6 +18,12 @@ def test_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Sums depend on the number of threads: everything here runs with one, like the processes that tests start."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Makes torch.empty return NaN, so that a kernel that reads what it never wrote is caught."""

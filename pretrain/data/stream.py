@@ -4,9 +4,11 @@ A sample draws its corruption from a generator keyed by (seed, global position),
 rank that happens to build it leaves a trace, and a second epoch draws anew.
 """
 
+import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +99,7 @@ class SampleStream:
         """The update that begins at `position`; equal on every rank."""
         return plan_step(self.order, self.corpus, position, world, self.batch)
 
-    def windows(self, position: int, rank: int, world: int) -> Iterator[Window]:
+    def windows(self, position: int, rank: int, world: int) -> Generator[Window, None, None]:
         """The windows of this rank from `position` on, without end; workers live until the iterator is closed.
 
         Raises:
@@ -109,7 +111,7 @@ class SampleStream:
             )
         return self._windows(position, rank, world)
 
-    def _windows(self, position: int, rank: int, world: int) -> Iterator[Window]:
+    def _windows(self, position: int, rank: int, world: int) -> Generator[Window, None, None]:
         plans: deque[StepPlan] = deque()
 
         def items() -> Iterator[Item]:
@@ -132,11 +134,15 @@ class SampleStream:
             worker_init_fn=_start_worker,
         )
         batches = iter(loader)
-        while True:
-            built = [_checked(next(batches))]
-            plan = plans.popleft()
-            built += [_checked(next(batches)) for _ in plan.micro[rank][1:]]
-            yield Window(plan.first, plan.count, built)
+        try:
+            while True:
+                built = [_checked(next(batches))]
+                plan = plans.popleft()
+                built += [_checked(next(batches)) for _ in plan.micro[rank][1:]]
+                yield Window(plan.first, plan.count, built)
+        finally:
+            # Workers end with the last reference. A traceback keeps this frame, so it must not keep them.
+            del batches
 
     def fixed_batches(self, count: int, rank: int = 0, world: int = 1) -> list[Packed]:
         """This rank's share of `count` micro-batches of the validation split, the same in every call and run.
@@ -218,6 +224,14 @@ def _as_it_is(built: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     # A stop signal for the whole process group is for the ranks: they finish the step, for which they need the data.
-    # A worker ends when its rank closes the stream or is gone. (DataLoader has set torch to one thread here.)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    # (DataLoader has set torch to one thread here.)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_rank_says, daemon=True).start()
+
+
+def _end_when_the_rank_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

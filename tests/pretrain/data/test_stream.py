@@ -71,7 +71,7 @@ def stream(workers: int = 0, **batch: Any) -> SampleStream:
 
 def content(windows: Sequence[Window]) -> list[tuple[int, int]]:
     """Sorted (sample, draw) of all ranks' batches of one update."""
-    return sorted((int(i), int(d)) for w in windows for b in w.batches for i, d in zip(b.ids, b.draws, strict=True))
+    return sorted((int(i), int(d)) for w in windows for b in traces(w) for i, d in zip(b.ids, b.draws, strict=True))
 
 
 @pytest.mark.parametrize("batch", [{"samples": 90}, {"tokens": 1500}])

@@ -1,0 +1,41 @@
+"""What the programs `python -m pretrain` and `python -m finetune` share: sub-commands, and errors as exit codes."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from pretrain.errors import EXIT_DISK, EXIT_DONE, ParlanceError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def run(
+    program: str, description: str, commands: Sequence[Callable[..., None]], arguments: Sequence[str] | None
+) -> int:
+    """Runs the sub-command that `arguments` (default: the process's own) ask for.
+
+    commands: each adds its parser and sets its `run`.
+
+    Returns:
+        the exit code that `pretrain.errors` documents; a ParlanceError is printed as one line.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    # The deepspeed launcher puts this in front of the command; ranks are read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in commands:
+        add(added)
+    given = parser.parse_args(arguments)
+    try:
+        given.run(given)
+    except ParlanceError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: no space left to write `{error.filename}`: {error.strerror}", file=sys.stderr, flush=True)
+        return EXIT_DISK
+    return EXIT_DONE
