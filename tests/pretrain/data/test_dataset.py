@@ -5,6 +5,7 @@ import pickle
 import shutil
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_processes_read_the_same(prepared: Path, method: str, monkeypatch: pytes
     dataset = ShardDataset(prepared)
     sums = [int(dataset.tokens(i).sum()) for i in range(len(dataset))]
     assert len(dataset._descriptors) == 3
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_send_sums, args=(dataset, send))
     process.start()

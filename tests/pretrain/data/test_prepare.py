@@ -247,3 +247,15 @@ def test_stdlib_docs_prepare_from_nothing(tmp_path: Path) -> None:
     assert source.words > 250_000 and source.licence == "Python Software Foundation License"
     assert manifest.plan.python == ".".join(map(str, sys.version_info[:3]))
     assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_wikipedia_text_prepares_and_comes_back(test_data: Path, tmp_path: Path) -> None:
+    source = f"wiki=text:{test_data}/wikitext2_valid_test/wiki.valid.raw.gz"
+    manifest = prepare(tmp_path / "out", [source], train_vocab=2000, max_length=128, workers=2, shard_bytes=1 << 18)
+    dataset = ShardDataset(tmp_path / "out")
+    assert manifest.sources[0].words > 150_000 and len(manifest.shards) > 3
+    assert dataset.lengths.mean() > 60  # paragraphs fill their samples
+    for sample in range(0, len(dataset), 97):
+        starts, tokens = dataset.sentences(sample), dataset.tokens(sample)
+        pieces = [dataset.tokenizer.decode(piece) for piece in np.split(tokens, starts[1:])]
+        assert "".join(pieces).strip() == dataset.text(sample) and "\ufffd" not in dataset.text(sample)

@@ -1,11 +1,13 @@
 """The stream: one order of samples and draws for every world and worker count, balanced plans, clear errors."""
 
+import multiprocessing
 import os
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from pretrain.data.order import BlendedOrder
 from pretrain.data.plan import BatchSize, plan_step
 from pretrain.data.stream import SampleStream, ShardCorpus, Window
 from pretrain.errors import ConfigError, DataError
-from pretrain.objectives.base import Example
+from pretrain.objectives.base import Example, Objective
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Trace:
 
 
 class TraceObjective:
-    weights = {"trace": 1.0}
+    weights: Mapping[str, float] = {"trace": 1.0}
 
     def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> Example:
         target = np.concatenate([[0], tokens, [2]]).astype(np.int64)
@@ -47,6 +49,9 @@ class TraceObjective:
         ids = torch.tensor([hash(e.target.tobytes()) for e in examples], dtype=torch.int64)
         draws = torch.tensor([int(e.source[0]) for e in examples], dtype=torch.int64)
         return Trace(ids, draws, len(examples), sum(len(e.target) for e in examples))
+
+
+TRACE = cast(Objective, TraceObjective())
 
 
 class CountingCorpus:
@@ -66,7 +71,11 @@ class CountingCorpus:
 
 def stream(workers: int = 0, **batch: Any) -> SampleStream:
     size = BatchSize(batch.get("samples"), batch.get("tokens"), batch.get("micro", 64))
-    return SampleStream(CountingCorpus([300, 100]), TraceObjective(), seed=11, batch=size, workers=workers)
+    return SampleStream(CountingCorpus([300, 100]), TRACE, seed=11, batch=size, workers=workers)
+
+
+def traces(window: Window) -> list[Trace]:
+    return cast(list[Trace], window.batches)
 
 
 def content(windows: Sequence[Window]) -> list[tuple[int, int]]:
@@ -136,7 +145,7 @@ def test_plans_are_complete_balanced_and_within_limits(
 
 def test_workers_are_processes_with_one_thread_and_end_with_the_stream() -> None:
     windows = stream(2, samples=90).windows(0, 0, 1)
-    batches = next(windows).batches
+    batches = traces(next(windows))
     assert os.getpid() not in {b.pid for b in batches} and len({b.pid for b in batches}) == 2
     assert {b.threads for b in batches} == {1}
     windows.close()
@@ -145,13 +154,27 @@ def test_workers_are_processes_with_one_thread_and_end_with_the_stream() -> None
             os.kill(pid, 0)
 
 
+def test_workers_outlive_a_stop_signal_to_the_group_but_not_their_rank() -> None:
+    windows = stream(2, samples=90).windows(0, 0, 1)
+    pids = {b.pid for b in traces(next(windows))}
+    for pid in pids:
+        for number in ("TERM", "USR1", "INT"):
+            subprocess.run(["kill", f"-{number}", str(pid)], check=True)
+    assert {b.pid for w in islice(windows, 20) for b in traces(w)} == pids
+    for process in multiprocessing.active_children():
+        process.terminate()
+        process.join(5)
+        assert process.exitcode == 0
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_in_a_worker_keeps_its_type_and_its_line(workers: int) -> None:
     source = SampleStream(
-        CountingCorpus([40], fail_at=7), TraceObjective(), seed=1, batch=BatchSize(40, None, 64), workers=workers
+        CountingCorpus([40], fail_at=7), TRACE, seed=1, batch=BatchSize(40, None, 64), workers=workers
     )
     with pytest.raises(DataError, match=r"^shard `x-000003\.tar` ends too early$"):
         next(source.windows(0, 0, 1))
+    assert not multiprocessing.active_children()
 
 
 def test_real_shards_give_every_sample_and_fixed_validation(prepared: Path) -> None:
@@ -160,16 +183,20 @@ def test_real_shards_give_every_sample_and_fixed_validation(prepared: Path) -> N
     n = sum(train.sizes)
 
     def build(seed: int) -> SampleStream:
-        return SampleStream(train, TraceObjective(), seed=seed, batch=BatchSize(n, None, 256), valid=valid, workers=1)
+        return SampleStream(train, TRACE, seed=seed, batch=BatchSize(n, None, 256), valid=valid, workers=1)
 
     window = next(build(5).windows(0, 0, 1))
     targets = [np.concatenate([[0], dataset.tokens(i), [2]]) for ids in dataset.sources("train").values() for i in ids]
     assert sorted(i for i, _ in content([window])) == sorted(hash(t.astype(np.int64).tobytes()) for t in targets)
     assert build(5).epoch(n) == 1
-    fixed = build(5).fixed_batches(4)
+
+    def fixed_batches(seed: int, rank: int = 0, world: int = 1) -> list[Trace]:
+        return cast(list[Trace], build(seed).fixed_batches(4, rank, world))
+
+    fixed = fixed_batches(5)
     assert len(fixed) == 4 and all(0 < b.n_tokens <= 256 for b in fixed)
-    assert all(torch.equal(a.draws, b.draws) for a, b in zip(fixed, build(6).fixed_batches(4), strict=True))
-    ranks = [build(5).fixed_batches(4, rank, 3) for rank in range(3)]
+    assert all(torch.equal(a.draws, b.draws) for a, b in zip(fixed, fixed_batches(6), strict=True))
+    ranks = [fixed_batches(5, rank, 3) for rank in range(3)]
     assert [len(r) for r in ranks] == [2, 2, 2]
     assert sorted(d for r in ranks for b in r for d in b.draws.tolist()) == sorted(
         d for b in fixed for d in b.draws.tolist()
