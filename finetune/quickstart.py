@@ -22,7 +22,6 @@ WAYS = {
     "NAR, 1 pass": ("nar", {"iterations": 0}),
     "NAR, 5 passes": ("nar", {"iterations": 4}),
 }
-SENTENCES = 100
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Quickstart:
     objective: str
     steps: int | None
     tune_steps: int | None
+    sentences: int
 
     @property
     def run(self) -> str:
@@ -92,8 +92,8 @@ class Quickstart:
         source, target, texts = (run / "task" / f"test.{kind}" for kind in ("source", "target", way.replace(" ", "-")))
         few = {}
         for path in (source, target):
-            few[path] = path.with_name(f"{path.name}.{SENTENCES}")
-            few[path].write_text("".join(f"{line}\n" for line in read_lines(path)[:SENTENCES]), encoding="utf-8")
+            few[path] = path.with_name(f"{path.name}.{self.sentences}")
+            few[path].write_text("".join(f"{line}\n" for line in read_lines(path)[: self.sentences]), encoding="utf-8")
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
         say(f"python -m finetune generate {run}/bundle --mode {mode} {flags} --batch-tokens 1 "
             f"--input {few[source]} --output {texts}")  # fmt: skip
@@ -111,10 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--objective", default="janus", choices=("janus", "cmlm", "denoise"))
     parser.add_argument("--steps", type=int, help="updates of pre-training; default: the configuration's")
     parser.add_argument("--tune-steps", type=int, help="updates of each fine-tuning; default: the configurations'")
+    parser.add_argument("--sentences", type=int, default=100, help="test sentences to write, one at a time")
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="everything is written below it")
     given = parser.parse_args(arguments)
     started = time.monotonic()
-    work = Quickstart(given.folder, given.objective, given.steps, given.tune_steps)
+    work = Quickstart(given.folder, given.objective, given.steps, given.tune_steps, given.sentences)
     try:
         work.data()
         work.pretrain()

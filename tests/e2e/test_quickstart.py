@@ -1,0 +1,29 @@
+"""The quickstart, cut to two updates a phase: every step runs and the table has every row."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("objective", ["janus"])
+def test_ends_with_its_table(objective: str, tmp_path: Path) -> None:
+    cut = ["--steps", "2", "--tune-steps", "2", "--sentences", "4", "--folder", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune.quickstart", "--objective", objective, *cut],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    table = done.stdout[done.stdout.rindex("loss ") :]
+    for row in ("quickstart-janus ar", "quickstart-janus-nar nar", "AR, beam 4", "NAR, 1 pass", "NAR, 5 passes"):
+        assert row in table, table
+    assert "tensorboard --logdir" in table
+    assert list((tmp_path / "runs").glob("*/tb/*"))

@@ -1,0 +1,71 @@
+"""Every command of the README runs, in its order, with sizes cut down; and its figures are those of `make bench`."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NARROW = ["model.d_model=32", "model.heads=2", "model.ffn_dim=32", "train.validate_every=0", "train.sample_every=0"]
+SMALLER = {
+    "configs/pretrain/quickstart.yaml": ["train.steps=2", "train.save_every=2", "batch.tokens=256", *NARROW],
+    "configs/pretrain/debug.yaml": ["train.steps=2"],
+    "configs/finetune/stdlib_summaries/ar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
+    "configs/finetune/stdlib_summaries/nar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
+}
+
+
+def commands() -> list[str]:
+    blocks = README.split("```sh\n")[1:]
+    return [line for block in blocks for line in block.split("```")[0].splitlines() if line]
+
+
+def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    words = shlex.split(command)
+    settings = dict(word.split("=", 1) for word in words if "=" in word and word.split("=")[0].isupper())
+    words = words[len(settings) :]
+    for config, overrides in SMALLER.items():
+        words += overrides if config in words else []
+    if words[0] == "tensorboard":
+        words.append("--inspect")
+    beside = str(Path(sys.executable).parent)
+    env = os.environ | settings | {"PATH": f"{beside}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like the checkout, so that what the commands write stays out of it."""
+    for name in ("pretrain", "finetune", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def test_every_command_runs(checkout: Path) -> None:
+    told = commands()
+    assert len(told) >= 12
+    for command in told:
+        if command.startswith("make "):
+            done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True)
+        else:
+            done = run(command, checkout)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        for split in checkout.glob("runs/*/task/test.*"):  # a few sentences show that generation works
+            split.write_text("".join(split.read_text(encoding="utf-8").splitlines(keepends=True)[:4]), encoding="utf-8")
+    assert len((checkout / "nar.txt").read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_figures_are_those_of_the_benchmark() -> None:
+    rows = json.loads((ROOT / "kernels" / "bench" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    assert rows
+    table = README.split("<!-- bench -->")[1].split("<!-- /bench -->")[0]
+    for row in rows:
+        line = next((line for line in table.splitlines() if f"`{row['name']}`" in line), None)
+        assert line, f"README has no row for {row['name']}"
+        assert f"{row['ratio']:,.2f}" in line, f"README says {line}, the benchmark {row['ratio']:,.2f}"
+        assert row["ok"], f"{row['name']} misses its target"
