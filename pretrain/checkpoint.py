@@ -1,6 +1,6 @@
 """Saving and resuming a run: engine state, random generators and progress, as one commit.
 
-    state.json, state-rank{r}.safetensors    the engine (engine_state.py)
+    state.json, state-rank{r}.safetensors    the engine (engine/state.py)
     rng-rank{r}.safetensors                  the generators of each rank
     progress.json                            {"format", "step", "ranks", "progress": what the loop wants back}
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from pretrain import distributed, rng
 from pretrain.commit import Store, disk_errors
 from pretrain.distributed import World
-from pretrain.engine import Engine
+from pretrain.engine import Engine, state
 from pretrain.errors import CheckpointError, ParlanceError
 
 FORMAT = 1
@@ -56,7 +56,7 @@ def save(store: Store, step: int, engine: Engine, world: World, progress: dict[s
     error: ParlanceError | None = None
     try:
         with disk_errors(staging):
-            engine.save_state(staging)
+            state.save(engine, staging)
             rng.save(staging / f"rng-rank{world.rank}.safetensors")
             if world.rank == 0:
                 content = {"format": FORMAT, "step": step, "ranks": world.size, "progress": progress}
@@ -95,7 +95,7 @@ def load(path: Path, engine: Engine, world: World, seed: int) -> dict[str, Any]:
     With the number of ranks it was saved with, each rank gets its own generators back and goes on bit by bit; with
     another number they are seeded from (seed, step, rank).
     """
-    engine.load_state(path)
+    state.load(engine, path)
     error: ParlanceError | None = None
     progress: dict[str, Any] = {}
     try:

@@ -103,7 +103,7 @@ class Run:
         steps = self.settings.train.steps
         rate = partial(learning_rate, config=self.settings.optim, total_steps=steps)
         windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
-        with self._journal(), closing(windows):  # type: ignore[type-var]  # a generator: its end ends its workers
+        with self._journal(), closing(windows):  # a generator: its end ends its workers
             return fit(self.engine, windows, rate, steps, self.progress, self._hooks(signals, texts))
 
     def _hooks(self, signals: Signals, texts: Hook | None) -> list[Hook]:

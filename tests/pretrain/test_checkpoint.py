@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from pretrain import checkpoint, engine_state, rng
+from pretrain import checkpoint, rng
 from pretrain import engine as engine_module
 from pretrain.commit import Store
 from pretrain.distributed import World
+from pretrain.engine import state as engine_state
 from pretrain.errors import CheckpointError, DiskError, NonFiniteError
 from tests.distributed_helper import run_ranks
 from tests.pretrain.toy_engine import toy_engine, toy_train
@@ -233,7 +234,7 @@ def test_files_and_tied_weights(root: Path, found: dict[str, Any]) -> None:
 
 def test_first_difference_is_named(tmp_path: Path) -> None:
     engine = toy_engine(ALONE, "local")
-    engine.save_state(tmp_path)
+    engine_state.save(engine, tmp_path)
     text = (tmp_path / "state.json").read_text()
     for old, new, message in (
         ("model.norm.weight", "model.norm.gain", "`model.norm.weight` must be there, is missing"),
@@ -245,7 +246,7 @@ def test_first_difference_is_named(tmp_path: Path) -> None:
     ):
         (tmp_path / "state.json").write_text(text.replace(old, new, 1))
         with pytest.raises(CheckpointError, match=message) as caught:
-            engine.load_state(tmp_path)
+            engine_state.load(engine, tmp_path)
         assert "\n" not in str(caught.value)
 
 

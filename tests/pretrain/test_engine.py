@@ -13,7 +13,7 @@ from pretrain import distributed
 from pretrain.config import EngineConfig
 from pretrain.distributed import World
 from pretrain.engine import build
-from pretrain.engine_deepspeed import derive, merge
+from pretrain.engine.deepspeed import derive, merge
 from pretrain.errors import ConfigError
 from tests.distributed_helper import run_ranks
 from tests.pretrain.toy_engine import OPTIM, ToyBatch, toy_engine, toy_module, toy_train, toy_window

@@ -13,7 +13,7 @@ import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,17 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain import distributed
+from pretrain.engine.base import Engine
 from pretrain.errors import CheckpointError, NonFiniteError, ParlanceError
-
-if TYPE_CHECKING:
-    from pretrain.engine import Engine
 
 FORMAT = 1
 INDEX = "state.json"
 KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
-def save(engine: "Engine", folder: Path) -> None:
+def save(engine: Engine, folder: Path) -> None:
     """Writes this rank's share of the state of `engine` into `folder`.
 
     Raises:
@@ -67,7 +65,7 @@ def save(engine: "Engine", folder: Path) -> None:
         (folder / INDEX).write_text(json.dumps(index_of, indent=1), encoding="utf-8")
 
 
-def load(engine: "Engine", folder: Path) -> None:
+def load(engine: Engine, folder: Path) -> None:
     """Sets the state of `engine` to what `save` wrote; every rank reads every file.
 
     Raises:
@@ -100,7 +98,7 @@ def _part(rank: int) -> str:
     return f"state-rank{rank}.safetensors"
 
 
-def _compare(index: dict[str, Any], engine: "Engine", folder: Path) -> None:
+def _compare(index: dict[str, Any], engine: Engine, folder: Path) -> None:
     if index["format"] != FORMAT:
         raise CheckpointError(f"`{folder / INDEX}`: `format` must be {FORMAT}, is {index['format']!r}")
     saved = {name: tuple(shape) for name, shape in index["parameters"].items()}

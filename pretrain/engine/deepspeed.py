@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.distributed import World
-from pretrain.engine import Engine, StepResult, clip, nothing_to_gather
+from pretrain.engine.base import Engine, StepResult, clip, nothing_to_gather
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import LossSums, ObjectiveModule
 from pretrain.optim import MOMENTS, adamw, create_state, parameter_groups

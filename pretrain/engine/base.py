@@ -1,25 +1,15 @@
-"""The engine: the one place that runs forward, backward and the update, whatever computes them underneath.
-
-Two implementations: `LocalEngine` (plain torch) and `DeepSpeedEngine` (ZeRO 0-3). What they share is here; their state
-on disk (full fp32 tensors by parameter name) is the same too, so that a run moves between them, between ZeRO stages
-and between numbers of ranks without a conversion.
-"""
+"""What an engine is: accumulation, update and evaluation on this rank, and its weights by parameter name."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
-from pretrain import engine_state
-from pretrain.config import EngineConfig, OptimConfig
 from pretrain.distributed import World
-from pretrain.errors import ConfigError
 from pretrain.objectives.base import LossSums, ObjectiveModule, Packed
 
 
@@ -84,18 +74,6 @@ class Engine(ABC):
     @abstractmethod
     def gathered(self) -> AbstractContextManager[None]:
         """Inside, every weight of `module` is whole on every rank (ZeRO-3 shards them elsewhere); collective."""
-
-    def save_state(self, folder: Path) -> None:
-        """Writes this rank's part of weights, optimizer and loss-scale state into `folder`; collective."""
-        engine_state.save(self, folder)
-
-    def load_state(self, folder: Path) -> None:
-        """Reads what `save_state` of any engine, ZeRO stage and number of ranks wrote; collective.
-
-        Raises:
-            CheckpointError: naming the first parameter that is missing, unexpected or of another shape.
-        """
-        engine_state.load(self, folder)
 
     def full_weights(self) -> dict[str, Tensor]:
         """{name in `module`: fp32 CPU tensor} of parameters (tied ones once) and persistent buffers, on rank 0.
@@ -162,39 +140,6 @@ class Engine(ABC):
     def _forward_backward(self, batch: Any, scale: Mapping[str, float], last: bool) -> LossSums: ...
 
 
-def build(
-    config: EngineConfig,
-    optim: OptimConfig,
-    module: ObjectiveModule,
-    world: World,
-    user: Mapping[str, Any] | None = None,
-) -> Engine:
-    """Moves `module` to the device, gives every rank the weights of rank 0, and wraps it in the configured engine.
-
-    Args:
-        user: a DeepSpeed configuration of the user's own (`--deepspeed_config`), merged into the derived one.
-
-    Raises:
-        ConfigError: a combination that does not work, or a `user` key that conflicts with the configuration.
-    """
-    _check(config, world)
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            raise ConfigError(f"parameter `{name}` must be trainable: an engine updates every parameter")
-    module.to(world.device)
-    if world.size > 1:
-        for value in module.state_dict().values():
-            dist.broadcast(value, src=0)
-    if config.kind == "local":
-        from pretrain.engine_local import LocalEngine
-
-        return LocalEngine(config, optim, module, world)
-    # deepspeed takes seconds to import, and plain-torch runs must work without it
-    from pretrain.engine_deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(config, optim, module, world, user or {})
-
-
 def clip(parameters: Sequence[Tensor], limit: float) -> float:
     """Scales the gradients so that their global norm is at most `limit` (0: any); returns the norm before."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -207,23 +152,6 @@ def clip(parameters: Sequence[Tensor], limit: float) -> float:
 def nothing_to_gather() -> Iterator[None]:
     """`gathered` of engines that keep every weight whole."""
     yield
-
-
-def _check(config: EngineConfig, world: World) -> None:
-    stage, local = config.zero_stage, config.kind == "local"
-    if config.precision == "fp16" and world.device.type == "cpu":
-        raise ConfigError("`engine.precision` must be fp32 or bf16 on a CPU, got fp16")
-    if config.precision == "fp16" and local:
-        raise ConfigError("`engine.precision` fp16 needs `engine.kind` deepspeed, got local")
-    if config.precision != "fp32" and not local and stage == 0:
-        # without ZeRO deepspeed accumulates gradients in the low precision
-        raise ConfigError(f"`engine.zero_stage` must be at least 1 with `engine.precision` {config.precision}, got 0")
-    if config.offload != "none" and local:
-        raise ConfigError(f"`engine.offload` {config.offload} needs `engine.kind` deepspeed, got local")
-    if config.offload == "optimizer" and stage == 0:
-        raise ConfigError("`engine.offload` optimizer needs `engine.zero_stage` of at least 1, got 0")
-    if config.offload == "all" and stage != 3:
-        raise ConfigError(f"`engine.offload` all needs `engine.zero_stage` 3, got {stage}")
 
 
 def _add(sums: LossSums, terms: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import distributed as dist
 
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.distributed import World
-from pretrain.engine import Engine, StepResult, clip, nothing_to_gather
+from pretrain.engine.base import Engine, StepResult, clip, nothing_to_gather
 from pretrain.objectives.base import LossSums, ObjectiveModule
 from pretrain.optim import MOMENTS, adamw, create_state, parameter_groups
 

@@ -1,0 +1,69 @@
+"""The engine: the one place that runs forward, backward and the update, whatever computes them underneath.
+
+Two implementations of `base.Engine`: plain torch (`local`) and ZeRO 0-3 (`deepspeed`). Their state on disk (`state`:
+full fp32 tensors by parameter name) is the same, so that a run moves between them, between ZeRO stages and between
+numbers of ranks without a conversion.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import distributed as dist
+
+from pretrain.config import EngineConfig, OptimConfig
+from pretrain.distributed import World
+from pretrain.engine.base import Engine, StepResult
+from pretrain.errors import ConfigError
+from pretrain.objectives.base import ObjectiveModule
+
+__all__ = ["Engine", "StepResult", "build"]
+
+
+def build(
+    config: EngineConfig,
+    optim: OptimConfig,
+    module: ObjectiveModule,
+    world: World,
+    user: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Moves `module` to the device, gives every rank the weights of rank 0, and wraps it in the configured engine.
+
+    Args:
+        user: a DeepSpeed configuration of the user's own (`--deepspeed_config`), merged into the derived one.
+
+    Raises:
+        ConfigError: a combination that does not work, or a `user` key that conflicts with the configuration.
+    """
+    _check(config, world)
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            raise ConfigError(f"parameter `{name}` must be trainable: an engine updates every parameter")
+    module.to(world.device)
+    if world.size > 1:
+        for value in module.state_dict().values():
+            dist.broadcast(value, src=0)
+    if config.kind == "local":
+        from pretrain.engine.local import LocalEngine
+
+        return LocalEngine(config, optim, module, world)
+    # deepspeed takes seconds to import, and plain-torch runs must work without it
+    from pretrain.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, optim, module, world, user or {})
+
+
+def _check(config: EngineConfig, world: World) -> None:
+    stage, local = config.zero_stage, config.kind == "local"
+    if config.precision == "fp16" and world.device.type == "cpu":
+        raise ConfigError("`engine.precision` must be fp32 or bf16 on a CPU, got fp16")
+    if config.precision == "fp16" and local:
+        raise ConfigError("`engine.precision` fp16 needs `engine.kind` deepspeed, got local")
+    if config.precision != "fp32" and not local and stage == 0:
+        # without ZeRO deepspeed accumulates gradients in the low precision
+        raise ConfigError(f"`engine.zero_stage` must be at least 1 with `engine.precision` {config.precision}, got 0")
+    if config.offload != "none" and local:
+        raise ConfigError(f"`engine.offload` {config.offload} needs `engine.kind` deepspeed, got local")
+    if config.offload == "optimizer" and stage == 0:
+        raise ConfigError("`engine.offload` optimizer needs `engine.zero_stage` of at least 1, got 0")
+    if config.offload == "all" and stage != 3:
+        raise ConfigError(f"`engine.offload` all needs `engine.zero_stage` 3, got {stage}")
