@@ -98,16 +98,17 @@ class IncrementalDecoder:
         x_RD = self._embed(tokens_N)
         self.length += 1
         last = len(self.cache) - 1
+        masks = self._self_mask(per_step), self._cross_mask(per_step)
         for index, layer in enumerate(_layers(model)):
             y_RD = layer.self_attn_layer_norm(x_RD) if layer.pre_norm else x_RD
             k_NHE, v_NHE = layer.self_attn.keys_values(y_RD[::per_step])
             k_NLHE, v_NLHE = (buffer[:hypotheses] for buffer in self.cache[index])
             k_NLHE[:, time], v_NLHE[:, time] = k_NHE, v_NHE
-            rows = per_step
             if index == last and per_step == 2:
-                x_RD, y_RD, rows = x_RD[1::2], y_RD[1::2], 1
+                x_RD, y_RD = x_RD[1::2], y_RD[1::2]
+                masks = self._self_mask(1), self._cross_mask(1)
             keys = k_NLHE.flatten(0, 1), v_NLHE.flatten(0, 1)
-            x_RD = layer.rows(x_RD, y_RD, keys, self.memory[index], self._self_mask(rows), self._cross_mask(rows))
+            x_RD = layer.rows(x_RD, y_RD, keys, self.memory[index], *masks)
         return model.logits(model.decoder.layer_norm(x_RD))
 
     def reorder(self, indices: Tensor) -> None:
