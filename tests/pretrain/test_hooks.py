@@ -4,6 +4,7 @@ import io
 import math
 import os
 import signal
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -89,6 +90,7 @@ def test_one_curve_over_restarts(tmp_path):
         first.after_step(report(step, losses={"ar": 100.0 + step}))
     first.text(3, "samples/ar", "old\ntext")
     first.close()
+    time.sleep(1.1)  # readers order event files by name, and names tell seconds: a restart takes longer than one
     second = TensorBoard(tmp_path, first_step=4, every=1)
     second.config("seed: 1", {"seed": 1, "model": {"d_model": 8}})
     for step in range(5, 9):

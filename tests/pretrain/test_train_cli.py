@@ -152,7 +152,7 @@ def test_a_resume_needs_the_data_it_began_with(data, tmp_path, capsys):
     assert main(["prepare", "--out", str(other), "--source", source, *tokenizer, "--workers", "1"]) == 0
     assert main(["train", str(config)]) == 0
     assert main(["train", str(config), "train.steps=8", f"data.path={other}"]) == 4
-    assert "`data.path` must hold the data that run" in last_line(capsys.readouterr())
+    assert "`data.path` must give the data that run" in last_line(capsys.readouterr())
 
 
 def test_a_tokenizer_that_is_not_the_manifests_is_refused(data, tmp_path, capsys):
