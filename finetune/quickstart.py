@@ -5,6 +5,7 @@ from what the steps left on disk. Started again, finished steps are continued or
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from pretrain.errors import DataError
 
 TASK = "stdlib-summaries"
+RUNNERS = ("ar", "nar")
 WAYS = {
     "AR, beam 4": ("ar", {"beam": 4}),
     "NAR, 1 pass": ("nar", {"iterations": 0}),
@@ -53,9 +55,23 @@ class Quickstart:
         command(*launch, *overrides)
 
     def handoff(self) -> None:
-        """The bundle that fine-tuning starts from; made anew, in case training went on."""
-        shutil.rmtree(self.bundle, ignore_errors=True)
-        python("-m", "pretrain", "handoff", f"{self.folder}/runs/{self.run}", "--out", str(self.bundle))
+        """The bundle that fine-tuning starts from. If training went on, what was tuned from the old one begins anew."""
+        run, last = self.folder / "runs" / self.run, self._step(self.bundle)
+        fresh = self.bundle.with_name(f"{self.run}.fresh")
+        shutil.rmtree(fresh, ignore_errors=True)
+        python("-m", "pretrain", "handoff", str(run), "--out", str(fresh))
+        if self._step(fresh) == last:
+            shutil.rmtree(fresh)
+            return
+        for old in (self.bundle, *(self.folder / "runs" / self.tuned(runner) for runner in RUNNERS)):
+            shutil.rmtree(old, ignore_errors=True)
+        fresh.rename(self.bundle)
+
+    @staticmethod
+    def _step(bundle: Path) -> int | None:
+        """Update of pre-training that a bundle was made at; None where there is no bundle."""
+        file = bundle / "provenance.json"
+        return int(json.loads(file.read_text(encoding="utf-8"))["step"]) if file.exists() else None
 
     def finetune(self, runner: str) -> None:
         """Docstring without its first line -> its first line."""
@@ -120,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work.data()
         work.pretrain()
         work.handoff()
-        for runner in ("ar", "nar"):
+        for runner in RUNNERS:
             work.finetune(runner)
     except subprocess.CalledProcessError as error:
         return error.returncode

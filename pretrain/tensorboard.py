@@ -33,7 +33,8 @@ class TensorBoard:
         if not report.due(self.every):
             return
         rates = self.meter.read()
-        values = {f"loss/{term}": value for term, value in report.losses.items()}
+        # A term of weight 0 is measured but not trained: it stands apart from the losses.
+        values = {f"{'loss' if report.weights[term] else 'watched'}/{term}": x for term, x in report.losses.items()}
         values |= {
             "loss/total": report.total,
             "train/lr": report.lr,
