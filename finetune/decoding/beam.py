@@ -13,9 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finetune.decoding.common import Generated, writing
+from finetune.decoding.common import Generated, check_length, writing
 from pretrain.config import Section
-from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.incremental import IncrementalDecoder, StreamName
 from pretrain.models.patterns import ArLayout
@@ -42,9 +41,7 @@ def beam_search(
     Raises:
         ConfigError: if `max_length` exceeds the model's positions.
     """
-    limit = model.config.max_positions
-    if options.max_length > limit:
-        raise ConfigError(f"`max_length` must be at most the model's {limit} positions, got {options.max_length}")
+    check_length(model, options.max_length)
     if not source.n_samples:
         return Generated([], [], 0)
     with writing(model):

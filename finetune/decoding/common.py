@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder
 
 MAX_LOGITS = 1 << 25  # entries of a logits block: 128 MiB in float32
@@ -27,6 +28,13 @@ class Generated:
     tokens: list[np.ndarray]
     scores: list[float]
     passes: int
+
+
+def check_length(model: EncoderDecoder, max_length: int) -> None:
+    """Raises ConfigError if a text of `max_length` tokens has no positions in the model."""
+    limit = model.config.max_positions
+    if max_length > limit:
+        raise ConfigError(f"`max_length` must be at most the model's {limit} positions, got {max_length}")
 
 
 @contextmanager

@@ -14,11 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finetune.decoding.common import Generated, most_likely, writing
+from finetune.decoding.common import Generated, check_length, most_likely, writing
 from finetune.decoding.length import EMPTY, LengthChoice, candidate_lengths
 from parlance_kernels import SampleMask
 from pretrain.config import Section
-from pretrain.errors import ConfigError
 from pretrain.models import DecoderRows, EncoderDecoder, SourceRows
 from pretrain.models.incremental import KeysValues, decode_over, project_memory
 
@@ -56,9 +55,7 @@ def mask_predict(model: EncoderDecoder, source: SourceRows, options: MaskPredict
     Raises:
         ConfigError: if `max_length` exceeds the model's positions.
     """
-    limit = model.config.max_positions
-    if options.max_length > limit:
-        raise ConfigError(f"`max_length` must be at most the model's {limit} positions, got {options.max_length}")
+    check_length(model, options.max_length)
     if not source.n_samples:
         return Generated([], [], 0)
     longest = min(options.max_length, model.config.length_classes - 1)
