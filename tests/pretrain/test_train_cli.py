@@ -129,6 +129,22 @@ def test_bad_configurations_are_one_line_and_start_nothing(override, code, messa
     assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"zero_optimization": {"stage": 1}}', "deepspeed `zero_optimization.stage` must be 2"),
+        ("[]", "must hold a JSON object, got list"),
+        ("{", "must be readable JSON"),
+    ],
+)
+def test_a_deepspeed_config_that_conflicts_or_is_none(text, message, data, tmp_path, capsys):
+    (tmp_path / "ds.json").write_text(text)
+    config = write_config(tmp_path, data)
+    arguments = ["train", str(config), "engine.kind=deepspeed", "--deepspeed_config", str(tmp_path / "ds.json")]
+    assert main(arguments) == 3
+    assert message in capsys.readouterr().err
+
+
 def test_a_resume_may_not_change_what_the_run_is(data, tmp_path, capsys):
     config = write_config(tmp_path, data)
     assert main(["train", str(config)]) == 0
