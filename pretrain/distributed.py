@@ -43,7 +43,9 @@ def init(device: str = "auto") -> World:
     rank = int(os.environ["RANK"]) if launched else 0
     size = int(os.environ["WORLD_SIZE"]) if launched else 1
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) if launched else 0
-    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    # DeepSpeed obeys the same variable; both must agree on where the model lives.
+    cpu_asked = os.environ.get("DS_ACCELERATOR") == "cpu"
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available() and not cpu_asked)
     if on_cuda and local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"`device` cuda needs a CUDA device for local rank {local_rank}, found {torch.cuda.device_count()}"
