@@ -2,12 +2,7 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-import textwrap
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +16,8 @@ from pretrain.engine import StepResult, build
 from pretrain.errors import CheckpointError, NonFiniteError
 from pretrain.loop import Progress, StepReport, fit
 from pretrain.objectives import ObjectiveModule
+from tests.distributed_helper import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
@@ -175,41 +170,26 @@ def test_progress_of_another_shape_is_a_checkpoint_error():
             Progress.from_json(bad)
 
 
-RANKS = """
-    import itertools, math, sys, torch
-    sys.path.insert(0, sys.argv[1])
-    import test_loop as t
-    from pretrain import distributed
-    from pretrain.errors import NonFiniteError
-    from pretrain.engine import build
-    world = distributed.init("cpu")
-    def engine():
-        module = t.ObjectiveModule(t.Slope(), t.Squares())
-        return build(t.EngineConfig(kind="local"), t.OptimConfig(clip=0.0, weight_decay=0.0), module, world)
+def two_ranks(world):
+    local = EngineConfig(kind="local")
+
+    def fresh():
+        return build(local, OptimConfig(clip=0.0, weight_decay=0.0), ObjectiveModule(Slope(), Squares()), world)
+
     x, y = [0.5, 2.0, 1.5, -1.0, 0.1, 3.0], [1.0, 2.0, -1.0, 0.5, 0.0, 1.0]
-    mine = t.cut(x, y, [4, 2])[world.rank]
-    windows = (t.Cut(6 * i, 6, [mine]) for i in itertools.count())
-    _, reports = t.train(engine(), windows, 3)
-    print(world.rank, "norm", *(f"{r.grad_norm:.12e}" for r in reports))
-    poisoned = t.cut([1.0], [math.nan if world.rank else 0.0], [1])
+    mine = cut(x, y, [4, 2])[world.rank]
+    windows = (Cut(6 * i, 6, [mine]) for i in itertools.count())
+    _, reports = train(fresh(), windows, 3)
+    poisoned = cut([1.0], [math.nan if world.rank else 0.0], [1])
     try:
-        t.train(engine(), iter([t.Cut(0, 2, poisoned)]), 1)
+        train(fresh(), iter([Cut(0, 2, poisoned)]), 1)
     except NonFiniteError as error:
-        print(world.rank, "stopped:", error)
-    distributed.shutdown()
-"""
+        return [report.grad_norm for report in reports], str(error)
+    return [report.grad_norm for report in reports], ""
 
 
 def test_two_ranks_make_the_same_steps_and_stop_together():
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python",
-        sys.executable, "-c", textwrap.dedent(RANKS), str(Path(__file__).parent),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    (norms, stopped), second = run_ranks(two_ranks, 2)
+    assert second == (norms, stopped) and stopped.startswith("loss term `near`")
     _, alone = train(engine_of(), repeat(cut([0.5, 2.0, 1.5, -1.0, 0.1, 3.0], [1.0, 2.0, -1.0, 0.5, 0.0, 1.0], [6])), 3)
-    norms = [line.split()[2:] for line in done.stdout.splitlines() if " norm " in line]
-    assert len(norms) == 2 and norms[0] == norms[1]
-    assert [float(norm) for norm in norms[0]] == pytest.approx([r.grad_norm for r in alone], rel=1e-10)
-    assert len([line for line in done.stdout.splitlines() if "stopped: loss term `near`" in line]) == 2, done.stdout
+    assert norms == pytest.approx([r.grad_norm for r in alone], rel=1e-10)
