@@ -189,7 +189,7 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
 def validate(kind: type[SectionT], values: Any, where: str) -> SectionT:
     """Builds `kind` from plain `values`; raises `ConfigError` with every problem on one line."""
     try:
-        return kind.model_validate(_ints_as_floats(kind, values))
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(_explain(kind, values, dict(one)) for one in error.errors()[:5])
         raise ConfigError(f"{where}: {problems}") from None
@@ -283,23 +283,6 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"override `{dotted}`: `{parent}` is a value, not a section")
         values = inner
     values[last] = value
-
-
-def _ints_as_floats(kind: type[BaseModel], values: Any) -> Any:
-    """Lets `lr: 1` mean 1.0; every other conversion stays an error because sections are strict."""
-    if not isinstance(values, dict):
-        return values
-    out = dict(values)
-    for name, field in kind.model_fields.items():
-        value = out.get(name)
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            out[name] = _ints_as_floats(section, value) if name in out else value
-            if name not in values:
-                out.pop(name)
-        elif isinstance(value, int) and not isinstance(value, bool) and section is float:
-            out[name] = float(value)
-    return out
 
 
 def _explain(kind: type[BaseModel], values: Any, problem: dict[str, Any]) -> str:

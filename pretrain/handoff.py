@@ -11,6 +11,7 @@ from torch import Tensor
 from pretrain import objectives
 from pretrain.bundle import load_bundle, write_bundle
 from pretrain.bundle_config import Description, Mode
+from pretrain.checkpoint import PROGRESS
 from pretrain.commit import Store
 from pretrain.config import RunConfig
 from pretrain.data.manifest import Manifest, read_manifest, read_tokenizer
@@ -18,8 +19,6 @@ from pretrain.errors import CheckpointError
 from pretrain.loop import Progress
 from pretrain.models import SpecialIds
 from pretrain.runs import CONFIG, ENVIRONMENT, read_config
-
-PROGRESS = "progress.json"
 
 
 def handoff(run_dir: str | Path, out: str | Path) -> Path:

@@ -38,6 +38,7 @@ class Engine(ABC):
     module: ObjectiveModule
     world: World
     loss_factor: float
+    _adam: torch.optim.Optimizer
 
     def accumulate(self, batches: Sequence[Packed], scale: Mapping[str, float]) -> LossSums:
         """Forward and backward of every micro-batch of one update; empty ones run too. Call `step` after it.
@@ -113,13 +114,14 @@ class Engine(ABC):
         """Copies the master weights into the weights of the forward; collective."""
 
     @property
-    @abstractmethod
     def updates(self) -> int:
         """Updates the optimizer has counted (its bias correction); the same for every parameter."""
+        return int(next(iter(self._adam.state.values()))["step"])
 
     @updates.setter
-    @abstractmethod
-    def updates(self, count: int) -> None: ...
+    def updates(self, count: int) -> None:
+        for state in self._adam.state.values():
+            state["step"].fill_(count)
 
     def loss_scale_state(self) -> dict[str, float] | None:
         """State of the dynamic loss scale; None where the precision has none."""

@@ -134,15 +134,6 @@ class DeepSpeedEngine(Engine):
             if persistent:
                 persistent[0].all_gather(persistent)
 
-    @property
-    def updates(self) -> int:
-        return int(next(iter(self._adam.state.values()))["step"])
-
-    @updates.setter
-    def updates(self, count: int) -> None:
-        for state in self._adam.state.values():
-            state["step"].fill_(count)
-
     def loss_scale_state(self) -> dict[str, float] | None:
         if self._loss_scale() is None:
             return None

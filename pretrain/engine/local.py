@@ -79,15 +79,6 @@ class LocalEngine(Engine):
             if master is not parameter:
                 parameter.copy_(master)
 
-    @property
-    def updates(self) -> int:
-        return int(next(iter(self._adam.state.values()))["step"])
-
-    @updates.setter
-    def updates(self, count: int) -> None:
-        for state in self._adam.state.values():
-            state["step"].fill_(count)
-
     def _forward(self, batch: Any, scale: Mapping[str, float]) -> LossSums:
         terms: LossSums = self.module(batch, scale)[1]
         return terms

@@ -31,14 +31,13 @@ def golden(model: EncoderDecoder, layout: ArLayout, modes: Sequence[str]) -> dic
     source[-1] = target[-1] = ids.eos
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     made = {"in/source": torch.from_numpy(source), "in/target": torch.from_numpy(target)}
     rows = SourceRows.pack([source])
     memory = model.encode(rows)
     made["logits/length"] = model.length_logits(memory, rows)[0]
     for mode in modes:
         packed, _, _ = pack_streams(_streams(mode, target, layout), len(source))
-        made[f"logits/{mode}"] = model.logits(model.decode(packed, memory)).to(device)
+        made[f"logits/{mode}"] = model.logits(model.decode(packed, memory))
     model.train(was_training)
     return {name: value.detach().cpu().contiguous() for name, value in made.items()}
 

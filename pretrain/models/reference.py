@@ -92,8 +92,7 @@ def _layer(
     return x if layer.pre_norm else layer.final_layer_norm(x)
 
 
-def pad(rows: list[Tensor], value: int, left: bool = False) -> Tensor:
+def pad(rows: list[Tensor], value: int) -> Tensor:
     """[B, longest] int64 of ragged rows."""
     longest = max(len(row) for row in rows)
-    pads = [(longest - len(row), 0) if left else (0, longest - len(row)) for row in rows]
-    return torch.stack([F.pad(row, width, value=value) for row, width in zip(rows, pads, strict=True)])
+    return torch.stack([F.pad(row, (0, longest - len(row)), value=value) for row in rows])

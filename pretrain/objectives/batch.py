@@ -106,7 +106,6 @@ def packed_losses(
     ce_terms: Sequence[str],
     kl_terms: Mapping[str, tuple[int, int]],
     label_smoothing: float,
-    length_smoothing: float = 0.0,
 ) -> tuple[Tensor, LossSums]:
     """Encoder, decoder, fused vocabulary loss and length loss of a packed batch.
 
@@ -129,9 +128,7 @@ def packed_losses(
     sums: LossSums = dict(zip((*ce_terms, *kl_terms), (*ce_T, *kl_Q), strict=True))
     # With the encoder run twice, the second half of the source rows belongs to the NAR and AUX pass.
     length_BN = model.length_logits(memory_MD, batch.source)[-batch.n_samples or len(memory_MD) :]
-    length_sum = F.cross_entropy(
-        length_BN.to(total.dtype), batch.length_B, reduction="sum", label_smoothing=length_smoothing
-    )
+    length_sum = F.cross_entropy(length_BN.to(total.dtype), batch.length_B, reduction="sum")
     sums["length"] = length_sum.detach()
     return total + scale["length"] * length_sum, sums
 
