@@ -13,6 +13,7 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCH), str(BENCH.parent.parent)]
 
+import attention  # noqa: E402
 import masks  # noqa: E402
 import steps  # noqa: E402
 import torch  # noqa: E402
@@ -21,6 +22,7 @@ from harness import Row  # noqa: E402
 
 SUITES: dict[str, Callable[[], list[Row]]] = {
     "masks": masks.rows,
+    "segments": attention.rows,
     "janus": steps.janus_rows,
     "padded": lambda: [steps.padded_row()],
     "vocab": vocab.rows,

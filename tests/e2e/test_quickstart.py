@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("objective", ["janus"])
+@pytest.mark.parametrize(
+    "objective", ["janus", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cmlm", "denoise"))]
+)
 def test_ends_with_its_table(objective: str, tmp_path: Path) -> None:
     cut = ["--steps", "2", "--tune-steps", "2", "--sentences", "4", "--folder", str(tmp_path)]
     done = subprocess.run(
@@ -23,7 +25,8 @@ def test_ends_with_its_table(objective: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     table = done.stdout[done.stdout.rindex("loss ") :]
-    for row in ("quickstart-janus ar", "quickstart-janus-nar nar", "AR, beam 4", "NAR, 1 pass", "NAR, 5 passes"):
+    term = {"janus": "ar", "cmlm": "nar", "denoise": "ar"}[objective]
+    for row in (f"quickstart-{objective} {term}", f"quickstart-{objective}-nar nar", "AR, beam 4", "NAR, 5 passes"):
         assert row in table, table
     assert "tensorboard --logdir" in table
     assert list((tmp_path / "runs").glob("*/tb/*"))
