@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+WORDS = 624  # of the Mersenne twister
+
 
 def save(path: Path) -> None:
     """Writes the state of every generator of this process as a safetensors file."""
@@ -27,14 +29,19 @@ def save(path: Path) -> None:
 
 
 def restore(path: Path) -> None:
-    """Sets every generator to what `save` wrote; raises OSError, KeyError, ValueError or SafetensorError."""
+    """Sets every generator to what `save` wrote; raises one of `engine.state.UNREADABLE` for anything else."""
     with safe_open(path, framework="pt") as file:
         rest: dict[str, Any] = json.loads(file.metadata()["rest"])
         torch.set_rng_state(file.get_tensor("torch"))
         if "cuda" in file.keys() and torch.cuda.is_available():  # noqa: SIM118 - not a dict
             torch.cuda.set_rng_state(file.get_tensor("cuda"))
-        np.random.set_state(("MT19937", file.get_tensor("numpy").numpy().astype(np.uint32), *rest["numpy"]))
+        keys, (position, has_gauss, cached) = file.get_tensor("numpy").numpy().astype(np.uint32), rest["numpy"]
+        if keys.shape != (WORDS,) or not 0 <= position <= WORDS:  # numpy would read beyond its state
+            raise ValueError(f"numpy's generator must have {WORDS} words, has {keys.shape}, at {position!r:.80}")
+        np.random.set_state(("MT19937", keys, position, has_gauss, cached))
         version, gauss = rest["python"]
+        if gauss is not None:
+            gauss = float(gauss)
         random.setstate((version, tuple(file.get_tensor("python").tolist()), gauss))
 
 

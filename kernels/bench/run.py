@@ -1,6 +1,6 @@
 """`make bench`: every figure of this machine's CPU, each after its equality check, as a table and as JSON.
 
-python kernels/bench/run.py [NAME ...] [--out FILE]
+python kernels/bench/run.py [SUITE ...] [--out FILE]      with suites named, FILE keeps its rows of the others
 """
 
 import argparse
@@ -14,6 +14,7 @@ BENCH = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCH), str(BENCH.parent.parent)]
 
 import attention  # noqa: E402
+import latency  # noqa: E402
 import masks  # noqa: E402
 import steps  # noqa: E402
 import torch  # noqa: E402
@@ -26,6 +27,9 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "janus": steps.janus_rows,
     "padded": lambda: [steps.padded_row()],
     "vocab": vocab.rows,
+    "nar_latency": lambda: [latency.nar_row()],
+    "ar_latency": lambda: [latency.ar_row()],
+    "ct2_latency": latency.ct2_rows,
 }
 
 
@@ -48,8 +52,13 @@ def main() -> int:
             target = "-" if row.target is None else f"{sign} {row.target:,.2f}"
             verdict = "yes" if row.ok else "NO"
             print(f"{row.name:24}{row.ratio:>10,.2f}{target:>12}   {verdict:4} {row.detail}", flush=True)
+    rows = [row.as_json() for row in done]
+    if given.suites and given.out.exists():  # the others keep their figures
+        former = json.loads(given.out.read_text(encoding="utf-8"))
+        renewed = {row["name"]: row for row in rows}
+        rows = [renewed.pop(row["name"], row) for row in former] + list(renewed.values())
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps([row.as_json() for row in done], indent=1) + "\n", encoding="utf-8")
+    given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row.ok for row in done) else 1
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from parlance_kernels import resolve, vocab_loss
 from pretrain.config import ModelConfig
 from pretrain.models.ids import SpecialIds
 from pretrain.models.layers import DecoderLayer, EncoderLayer, positions_table
+from pretrain.models.linear import linear
 from pretrain.models.rows import DecoderRows, SourceRows
 
 
@@ -32,7 +32,9 @@ class Stack(nn.Module):
 
     def embed(self, token_RD: Tensor, positions_R: Tensor) -> Tensor:
         """The input of the first layer."""
-        return self.dropout(self.layernorm_embedding(token_RD + self.embed_positions(positions_R)))
+        # A sinusoidal table is a buffer, which engines leave in fp32 when the weights are in 16 bits.
+        position_RD = self.embed_positions(positions_R).to(token_RD.dtype)
+        return self.dropout(self.layernorm_embedding(token_RD + position_RD))
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class VocabHead(nn.Module):
     def forward(self, h_LD: Tensor, loss: VocabTargets | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Logits [L, V], or with `loss` the results of `vocab_loss` for these rows."""
         if loss is None:
-            return F.linear(h_LD, self.weight, self.bias_V)
+            bias_V = None if self.bias_V is None else self.bias_V.to(h_LD.dtype)  # a buffer, too
+            return linear(h_LD, self.weight, bias_V)
         return vocab_loss(h_LD, self.weight, bias_V=self.bias_V, **vars(loss))
 
 

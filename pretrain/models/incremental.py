@@ -121,9 +121,13 @@ class IncrementalDecoder:
             raise ValueError(f"at most {self.capacity} hypotheses fit, as capacity says, got {len(host)}")
         if np.array_equal(host, np.arange(self.n_hypotheses)):
             return
+        moved = np.flatnonzero(host != np.arange(len(host)))
+        to_N = torch.from_numpy(moved).to(indices.device)
+        from_N = indices[to_N]
         for pair in self.cache:
             for buffer in pair:
-                buffer[: len(host), : self.length] = buffer[:, : self.length].index_select(0, indices)
+                past = buffer[:, : self.length]
+                past[to_N] = past[from_N]  # the right side is copied first, so that hypotheses may change places
         owner_N = self.owner_N[host]
         if not np.array_equal(owner_N, self.owner_N):
             self.owner_N, self.cross_masks = owner_N, {}

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from parlance_kernels import SampleMask, sample_attention
 from pretrain.config import ModelConfig
+from pretrain.models.linear import Linear
 
 POSITION_OFFSET = 2  # BART's and fairseq's learned tables keep their first two rows unused.
 
@@ -22,8 +23,8 @@ class Attention(nn.Module):
         super().__init__()
         width = config.d_model
         self.heads, self.dropout, self.backend = config.heads, config.attention_dropout, backend
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.q_proj, self.k_proj = Linear(width, width), Linear(width, width)
+        self.v_proj, self.out_proj = Linear(width, width), Linear(width, width)
 
     def keys_values(self, x_KD: Tensor) -> tuple[Tensor, Tensor]:
         """k_KHE and v_KHE of the rows that are read."""
@@ -60,7 +61,7 @@ class EncoderLayer(nn.Module):
         self.pre_norm = config.norm == "pre"
         self.self_attn = Attention(config, backend)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.fc1, self.fc2 = nn.Linear(config.d_model, config.ffn_dim), nn.Linear(config.ffn_dim, config.d_model)
+        self.fc1, self.fc2 = Linear(config.d_model, config.ffn_dim), Linear(config.ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -86,7 +87,7 @@ class DecoderLayer(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.encoder_attn = Attention(config, backend)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.fc1, self.fc2 = nn.Linear(config.d_model, config.ffn_dim), nn.Linear(config.ffn_dim, config.d_model)
+        self.fc1, self.fc2 = Linear(config.d_model, config.ffn_dim), Linear(config.ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.config import Section, validate
-from pretrain.errors import ConfigError
+from pretrain.config import Section, choose
 from pretrain.models.ids import SpecialIds
 from pretrain.objectives.base import Example, LossSums, Objective, ObjectiveModule, Preview
 from pretrain.objectives.cmlm import Cmlm, CmlmOptions
@@ -35,8 +34,5 @@ def build(
     Raises:
         ConfigError: if the name or an option is unknown or out of range.
     """
-    name = options.get("name")
-    if name not in REGISTRY:
-        raise ConfigError(f"`objective.name` must be one of {', '.join(REGISTRY)}, got {name!r}")
-    kind, make = REGISTRY[name]
-    return make(validate(kind, dict(options), where="objective"), ids, word_starts, length_classes)
+    chosen, make = choose(REGISTRY, options, "objective")
+    return make(chosen, ids, word_starts, length_classes)

@@ -30,11 +30,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Preview:
-    """Token ids of one sample: encoder input, clean target, and per mode the target with predictions filled in."""
+    """Token ids of one sample: encoder input, clean target, and per mode the target with predictions filled in.
+
+    places: per mode, the indices into `target` that were predicted.
+    """
 
     source: list[int]
     target: list[int]
     predicted: dict[str, list[int]]
+    places: dict[str, list[int]]
 
 
 class Packed(Protocol):

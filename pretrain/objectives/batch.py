@@ -146,11 +146,12 @@ def previews(model: EncoderDecoder, batch: TokenBatch, modes: Sequence[str], lim
     for sample in range(min(limit, batch.n_samples)):
         target = batch.target_T[starts[sample] : starts[sample] + batch.n_target[sample]]
         first, rows = batch.source.memory_range(sample)
-        filled = {}
+        filled, places = {}, {}
         for term, mode in enumerate(modes):
             mine = (batch.row_sample_L == sample) & (batch.term_L == term)
             if bool(mine.any()):
-                filled[mode] = target.clone().index_put_((batch.row_position_L[mine],), predicted_L[mine]).tolist()
+                at = batch.row_position_L[mine]
+                filled[mode], places[mode] = target.clone().index_put_((at,), predicted_L[mine]).tolist(), at.tolist()
         source = batch.source.tokens_R[first : first + rows].tolist()
-        found.append(Preview(source, target.tolist(), filled))
+        found.append(Preview(source, target.tolist(), filled, places))
     return found

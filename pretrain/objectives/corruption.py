@@ -16,7 +16,8 @@ from pretrain.objectives.base import Example
 class Corruption(Section):
     """encoder_ratio, decoder_ratio: share of tokens (or words) hidden on each side. mean_span: Poisson mean.
 
-    exact: disjoint spans that reach the ratio; false: the released sampler, whose overlaps hide less.
+    exact: disjoint spans that reach the ratio; false: the released sampler, whose overlaps hide less (26.7 and 14 % for
+    ratios of 0.3 and 0.15 with Poisson(3)).
     whole_words: spans begin and end at words. insertions: zero-length spans insert a MASK in the encoder (BART).
     """
 
@@ -60,8 +61,7 @@ def corrupt_text(
         hidden = draw(len(tokens), options.decoder_ratio, options.mean_span, rng)
     share = options.encoder_ratio / options.decoder_ratio if options.decoder_ratio else 0.0
     both = rng.random(len(hidden.starts)) < share
-    if not options.insertions:
-        both &= hidden.lengths > 0
+    both[hidden.lengths == 0] = options.insertions
     collapsed = spans.infill(tokens, spans.Spans(hidden.starts[both], hidden.lengths[both]), ids.mask)
     return Example(_enclose(collapsed, ids), _enclose(tokens, ids), hidden.indices() + 1)
 

@@ -26,15 +26,31 @@ from pretrain.objectives.corruption import Corruption, corrupt_text
 CE_TERMS = ("ar", "nar", "aux")
 KL_TERMS = {"kl_ar_aux": (0, 2), "kl_nar_aux": (1, 2), "kl_ar_nar": (0, 1)}
 
-PAPER: dict[str, Any] = {}
-RELEASED: dict[str, Any] = {
-    "ar_query_position_offset": 0,
-    "share_encoder": False,
-    "weights": {"nar": 0.5, "aux": 0.5, "length": 0.1, "kl_ar_aux": 3.0, "kl_nar_aux": 1.0, "kl_ar_nar": 1.0},
-    "label_smoothing": 0.1,
-    "corruption": {"encoder_ratio": 0.15, "decoder_ratio": 0.3, "mean_span": 3.0, "exact": False, "whole_words": True},
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {
+        "ar_query_position_offset": 0,
+        "share_encoder": False,
+        "weights": {"nar": 0.5, "aux": 0.5, "length": 0.1, "kl_ar_aux": 3.0, "kl_nar_aux": 1.0, "kl_ar_nar": 1.0},
+        "label_smoothing": 0.1,
+    },
+    "released_pretrain": {
+        "ar_layout": "eos_first",
+        "share_encoder": False,
+        "weights": {"ar": 0.5, "nar": 0.5, "aux": 0.5, "kl_ar_aux": 0.5, "kl_nar_aux": 0.5},
+        "ce_reduction": "target_tokens",
+        "kl_reduction": "target_tokens",
+        "corruption": {
+            "encoder_ratio": 0.15,
+            "decoder_ratio": 0.3,
+            "mean_span": 3.0,
+            "exact": False,
+            "whole_words": True,
+            "insertions": True,
+        },
+        "pair_masking": "uniform",
+    },
 }
-PRESETS = {"paper": PAPER, "released": RELEASED}
 
 
 class JanusWeights(Section):
@@ -50,16 +66,29 @@ class JanusWeights(Section):
 
 
 class JanusOptions(Section):
-    """Options of the objective. `preset` fills in what is not given: the paper, or the released NMT code.
+    """Options of the objective. `preset` fills in what is not given:
+
+    * `paper` (default): unit weights, no AR-NAR KL, no length loss; 30 % of the tokens hidden in the encoder and 50 %
+      in the decoder, in disjoint Poisson(2) spans (JANUS, Eq. 1-5 and sections 3.3, 4.2).
+    * `released`: the translation code. Half weights for NAR and AUX, KLs 3, 1 and 1 with the AR-NAR one, length 0.1,
+      label smoothing 0.1, query rows of AR one position behind those of NAR. It trains on pairs; texts are corrupted
+      as in `paper`.
+    * `released_pretrain`: the pre-training code. Half weights for every cross-entropy and both KLs, all divided by the
+      number of target tokens; EOS first as in BART; spans of Poisson(3) whole words with a budget of 30 %, each of them
+      in the encoder too with probability 1/2, which overlaps reduce to 27 % in the decoder and 14 % in the encoder.
+      Not here: it turns half of the sources around a random place, and its decoder's MASK is <unk>.
+
+    Both released codes run the encoder twice.
 
     ar_query_position_offset: 1 aligns AR rows of `bos_first` with NAR, 0 is the released code; null: aligned.
     share_encoder: one encoder pass for all patterns; false draws dropout twice, as the released code does.
-    reduction: what the sums of ar, nar, aux and the KLs are divided by: their `own` count, or all `target_tokens`.
+    ce_reduction, kl_reduction: what the sums of ar, nar and aux, and those of the KLs, are divided by: each by its
+    `own` count, or all by the number of `target_tokens`.
     pair_masking: how fine-tuning pairs are masked: released span sampler at `pair_ratio`, or `uniform` (CMLM).
     """
 
     name: Literal["janus"] = "janus"
-    preset: Literal["paper", "released"] = "paper"
+    preset: Literal["paper", "released", "released_pretrain"] = "paper"
     ar_layout: Literal["bos_first", "eos_first"] = "bos_first"
     ar_query_position_offset: Literal[0, 1] | None = None
     share_encoder: bool = True

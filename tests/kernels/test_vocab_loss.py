@@ -33,6 +33,10 @@ def problem(tuples, streams, plain, vocab=13, width=5, dtype=torch.float64, seed
     return tensors, {**integers, **scales}
 
 
+def relative(ours, exact):
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
 def results(function, tensors, arguments, factor=1.0, **more):
     h, weight, bias = tensors
     total, ce, kl = function(h, weight, bias_V=bias, **arguments, **more)
@@ -81,6 +85,57 @@ def test_low_precision_is_as_good_as_the_plain_computation(dtype):
     for exact, a, b in zip(truth, ours, plain, strict=True):
         allowed = 2 * (b.double() - exact).abs().max() + 2e-2 * exact.abs().max()
         assert (a.double() - exact).abs().max() <= allowed
+
+
+# ce_scale is the weight of a term over the tokens of a global batch; with the upstream factor, fp16's loss scale, the
+# gradient is in fp16's range again.
+@pytest.mark.parametrize(("ce_scale", "upstream"), [(1.0, 1.0), (1.6e-5, 65536.0), (1e-6, 65536.0), (1e-9, 2.0**30)])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_small_scales_survive_until_the_loss_scale_comes(dtype, allowed, ce_scale, upstream):
+    tensors, arguments = problem(20, 3, 40, vocab=1009, width=33, bias=False)
+    kl_scale = tuple(ce_scale * scale for scale in arguments["kl_scale"])
+    arguments = {**arguments, "ce_scale": (ce_scale, 0.5 * ce_scale, 0.1 * ce_scale), "kl_scale": kl_scale}
+    h, weight = tensors[0].detach(), 0.05 * tensors[1].detach()  # the rounding of large logits is not what is tested
+    low = [h.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), None]
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in low]
+    truth = results(vocab_loss_reference, exact, arguments, factor=upstream, label_smoothing=0.1)
+    ours = results(vocab_loss, low, arguments, factor=upstream, label_smoothing=0.1)
+    for a, b in zip(ours, truth, strict=True):
+        assert relative(a, b) < allowed
+
+
+def test_fp16_sums_do_not_overflow_where_every_row_pulls_the_same_way():
+    # One target for all rows, wide states, pairs that contradict each other. Every logit is exact in fp16.
+    make = torch.Generator().manual_seed(0)
+    h_RD, weight_VD = 32 * torch.ones(288, 8), torch.randint(-3, 4, (50, 8), generator=make) / 4
+    h_RD[1::2, :4] *= -1
+    zeros_R, pairs = torch.zeros(288, dtype=torch.int64), torch.arange(288).view(144, 2)
+    found = []
+    for function, dtype in ((vocab_loss, torch.float16), (vocab_loss_reference, torch.float64)):
+        given_ = [x.to(dtype).requires_grad_() for x in (h_RD, weight_VD)]
+        total, _, _ = function(*given_, zeros_R, zeros_R, pairs, (1e-4,), kl_pairs=((0, 1),), kl_scale=(1e-4,))
+        found.append([total.detach(), *torch.autograd.grad(total, given_)])
+    for a, b in zip(*found, strict=True):
+        assert relative(a, b) < 1e-3
+
+
+@given(
+    st.integers(0, 3), st.sampled_from([1, 2, 3]), st.integers(0, 5), st.integers(2, 300), st.integers(1, 40),
+    st.integers(1, 9), st.sampled_from([torch.float16, torch.bfloat16]), st.integers(-30, 6), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_low_precision_of_any_shape_and_scale(tuples, streams, plain, vocab, width, chunk, dtype, power, seed):
+    tensors, arguments = problem(tuples, streams, plain, vocab=vocab, width=width, seed=seed)
+    low = [(0.3 * t.detach()).to(dtype).requires_grad_() for t in tensors]
+    exact = [t.detach().double().requires_grad_() for t in low]
+    truth = results(vocab_loss_reference, exact, arguments)
+    chain = results(vocab_loss_reference, low, arguments)
+    small = {name: tuple(2.0**power * s for s in arguments[name]) for name in ("ce_scale", "kl_scale")}
+    ours = results(vocab_loss, low, {**arguments, **small}, factor=2.0**-power, chunk_rows=chunk)
+    ours[0] = ours[0] * 2.0**-power
+    for a, b, c in zip(ours, truth, chain, strict=True):
+        allowed = 3 * (c - b).abs() + (2**-9 if dtype == torch.float16 else 2**-6) * (1 + b.abs())
+        assert bool(((a - b).abs() <= allowed).all())
 
 
 def test_without_gradients_only_sums_are_made():

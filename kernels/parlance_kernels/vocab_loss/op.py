@@ -9,10 +9,15 @@ distributions p, q with log-probabilities a, b and d = a - b:
 
 so K streams that are compared pairwise need, per row, the K x K matrix H = p log(p)^T and two K x K mixes.
 
+The scales are means over a large batch, so in fp16 most gradients would round to zero before a loss scale could lift
+them. There every scale is multiplied by a power of two (`lift`) that brings the largest to LARGEST_FP16; sums and
+stored gradients stay lifted, and the backward divides by it in fp32, together with the upstream factor.
+
 Shapes: R rows, D width, V vocabulary, T cross-entropy terms, P tuples, K streams in a tuple, Q stream pairs,
 C tuples in a chunk.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +25,9 @@ import torch
 from torch import Tensor
 
 CHUNK_ROWS = 288
+# The largest scale after the lift: fp16 then keeps probabilities down to 4e-9, and a KL between distributions that
+# contradict each other has a factor of thousands left until 65504.
+LARGEST_FP16 = 16.0
 
 
 def vocab_loss(
@@ -87,7 +95,7 @@ class _VocabLoss(torch.autograd.Function):
         for rows_C in plain_R.nonzero().squeeze(1).split(terms.chunk_rows):
             work.add(rows_C[:, None], ())
         # Not save_for_backward: these are results, to be scaled in place and handed over without a second copy.
-        ctx.made = work.gradients()
+        ctx.made, ctx.lift = work.gradients(), work.lift
         ce_T, kl_Q = work.ce_T, work.kl_Q
         total = (ce_T * ce_T.new_tensor(terms.ce_scale)).sum() + (kl_Q * kl_Q.new_tensor(terms.kl_scale)).sum()
         ctx.mark_non_differentiable(ce_T, kl_Q)
@@ -99,7 +107,9 @@ class _VocabLoss(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             raise RuntimeError("vocab_loss: backward must run once, its gradients are already handed over")
-        scaled = [None if grad is None else grad.mul_(grads[0].to(grad.dtype)) for grad in made]
+        factor = grads[0] / ctx.lift
+        # In the precision of the factor, which fp16 could not hold; autograd rounds the product to what the input has.
+        scaled = [None if grad is None else grad.to(factor.dtype).mul_(factor) for grad in made]
         wanted = [grad if needed else None for grad, needed in zip(scaled, ctx.needs_input_grad, strict=False)]
         return (*wanted, None, None, None, None)
 
@@ -121,17 +131,20 @@ class _Accumulator:
         self.target_R, self.term_R, self.terms = target_R, term_R, terms
         half = h_RD.dtype in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if half else h_RD.dtype
-        # Scaled gradients of fp16 rows underflow before the loss scale is applied: they wait in fp32.
-        kept = torch.float32 if h_RD.dtype == torch.float16 else h_RD.dtype
-        self.ce_scale_T = torch.tensor(terms.ce_scale, dtype=self.dtype, device=h_RD.device)
+        in_fp16 = h_RD.dtype == torch.float16
+        self.lift = _lift(terms) if in_fp16 else 1.0
+        # A gradient of the weight sums over a chunk; in fp16 it is the sum over rows that are smaller by this.
+        self.shrink = 0.5 ** math.floor(math.log2(terms.chunk_rows)) if in_fp16 else 1.0
+        self.ce_scale_T = torch.tensor([s * self.lift for s in terms.ce_scale], dtype=self.dtype, device=h_RD.device)
+        self.kl_scale = [s * self.lift for s in terms.kl_scale]
         self.ce_T = torch.zeros_like(self.ce_scale_T)
         self.kl_Q = self.ce_T.new_zeros(len(terms.kl_pairs))
-        self.dh_RD = torch.zeros_like(h_RD, dtype=kept) if with_grad else None
+        self.dh_RD = torch.zeros_like(h_RD) if with_grad else None
         self.dweight_VD = torch.zeros_like(weight_VD, dtype=self.dtype) if with_grad else None
         self.dbias_V = torch.zeros_like(bias_V, dtype=self.dtype) if with_grad and bias_V is not None else None
 
     def gradients(self) -> list[Tensor | None]:
-        """d total / d (h, weight, bias), in the order of the operator's first arguments."""
+        """`lift` times d total / d (h, weight, bias), in the order of the operator's first arguments."""
         return [self.dh_RD, self.dweight_VD, self.dbias_V]
 
     def add(self, rows_CK: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
@@ -170,11 +183,13 @@ class _Accumulator:
             grad_NV -= ce_scale_N1 * (smoothing / grad_NV.shape[1])
         grad_NV.scatter_add_(1, target_N1, ce_scale_N1 * -(1.0 - smoothing))
         low_NV = grad_NV.to(self.weight_VD.dtype)
-        self.dh_RD[rows_N] = (low_NV @ self.weight_VD).to(self.dh_RD.dtype)
+        self.dh_RD[rows_N] = low_NV @ self.weight_VD
         if self.dweight_VD.dtype == low_NV.dtype:
             self.dweight_VD.addmm_(low_NV.T, h_ND)
-        else:
+        elif self.shrink == 1.0:
             self.dweight_VD += low_NV.T @ h_ND
+        else:
+            self.dweight_VD.add_(low_NV.T @ (h_ND * self.shrink), alpha=1.0 / self.shrink)
         if self.dbias_V is not None:
             self.dbias_V += grad_NV.sum(dim=0)
 
@@ -187,13 +202,13 @@ class _Accumulator:
         streams: int,
         pairs: Sequence[tuple[int, int]],
     ) -> Tensor:
-        """Adds the KLs; returns d total / d logits without the target and smoothing parts."""
+        """Adds the KLs; returns `lift` times d total / d logits without the target and smoothing parts."""
         p_CKV, logp_CKV = (x.view(chunk, streams, -1) for x in (p_NV, logp_NV))
         entropy_CKK = p_CKV @ logp_CKV.transpose(1, 2)
         const_CK = const_N1.view(chunk, streams)
         mix_logp_KK, mix_p_KK = (entropy_CKK.new_zeros(streams, streams) for _ in range(2))
         for index, (a, b) in enumerate(pairs):
-            scale = 0.5 * self.terms.kl_scale[index]
+            scale = 0.5 * self.kl_scale[index]
             forward_C = entropy_CKK[:, a, a] - entropy_CKK[:, a, b]
             backward_C = entropy_CKK[:, b, b] - entropy_CKK[:, b, a]
             self.kl_Q[index] += 0.5 * (forward_C.sum() + backward_C.sum())
@@ -205,3 +220,12 @@ class _Accumulator:
         grad_CKV = torch.matmul(mix_logp_KK, logp_CKV).add_(const_CK[:, :, None]).mul_(p_CKV)
         grad_CKV.baddbmm_(mix_p_KK.expand(chunk, -1, -1), p_CKV)
         return grad_CKV.view(chunk * streams, -1)
+
+
+def _lift(terms: _Terms) -> float:
+    """The power of two that brings the largest factor a row can have to within (LARGEST_FP16 / 2, LARGEST_FP16]."""
+    largest = max(terms.ce_scale, default=0.0) + sum(terms.kl_scale)
+    if not largest:
+        return 1.0
+    exponent = math.floor(math.log2(LARGEST_FP16 / largest))
+    return 2.0 ** min(max(exponent, -64), 64)  # fp32 holds the lifted scales and the factor

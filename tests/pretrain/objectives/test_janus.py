@@ -8,6 +8,7 @@ from pretrain.objectives import Example, build, janus_reference
 from tests.pretrain.objectives.cases import IDS, VOCAB, examples, loss_and_gradients, tiny_model, unit_scale
 
 EVERY_TERM = {"ar": 1.0, "nar": 0.7, "aux": 0.9, "kl_ar_aux": 2.0, "kl_nar_aux": 1.5, "kl_ar_nar": 0.5, "length": 0.2}
+WORD_STARTS = np.ones(VOCAB, bool)
 
 
 def objective(**options):
@@ -109,15 +110,50 @@ def test_dropout_draws_once_or_twice():
 
 
 def test_presets_differ_where_paper_and_code_do():
-    paper, released = (build({"name": "janus", "preset": p}, IDS, None, 24) for p in ("paper", "released"))
+    paper, released, pretrain = (
+        build({"name": "janus", "preset": p}, IDS, WORD_STARTS, 24) for p in ("paper", "released", "released_pretrain")
+    )
     assert paper.weights == {**EVERY_TERM, "nar": 1.0, "aux": 1.0, "kl_nar_aux": 2.0, "kl_ar_nar": 0.0, "length": 0.0}
     assert released.weights == {
         "ar": 1.0, "nar": 0.5, "aux": 0.5, "length": 0.1, "kl_ar_aux": 3.0, "kl_nar_aux": 1.0, "kl_ar_nar": 1.0,
     }  # fmt: skip
-    assert (paper.layout.query_position_offset, released.layout.query_position_offset) == (1, 0)
-    assert released.options.label_smoothing == 0.1
+    assert pretrain.weights == {
+        "ar": 0.5, "nar": 0.5, "aux": 0.5, "length": 0.0, "kl_ar_aux": 0.5, "kl_nar_aux": 0.5, "kl_ar_nar": 0.0,
+    }  # fmt: skip
+    layouts = [(one.layout.layout, one.layout.query_position_offset) for one in (paper, released, pretrain)]
+    assert layouts == [("bos_first", 1), ("bos_first", 0), ("eos_first", 0)]
+    assert [one.options.label_smoothing for one in (paper, released, pretrain)] == [0.0, 0.1, 0.0]
+    assert [one.options.share_encoder for one in (paper, released, pretrain)] == [True, False, False]
     mixed = build({"name": "janus", "preset": "released", "weights": {"aux": 2.0}}, IDS, None, 24)
     assert (mixed.weights["aux"], mixed.weights["kl_ar_aux"]) == (2.0, 3.0)
+
+
+def test_a_preset_corrupts_as_the_code_it_names():
+    # The translation code knows no corruption of texts, the pre-training code has one of its own.
+    paper, released, pretrain = (
+        build({"name": "janus", "preset": p}, IDS, WORD_STARTS, 24).options
+        for p in ("paper", "released", "released_pretrain")
+    )
+    assert released.corruption == paper.corruption
+    assert (released.pair_masking, released.pair_ratio, released.pair_mean_span) == ("spans", 0.7, 2.0)
+    assert pretrain.corruption != paper.corruption and pretrain.pair_masking == "uniform"
+    changed = build(
+        {"name": "janus", "preset": "released_pretrain", "corruption": {"whole_words": False}}, IDS, None, 24
+    )
+    assert changed.options.corruption.decoder_ratio == 0.3 and not changed.options.corruption.whole_words
+
+
+def test_released_pretraining_divides_every_sum_by_the_target_tokens():
+    model, given = tiny_model(), examples()
+    janus = build({"name": "janus", "preset": "released_pretrain"}, IDS, WORD_STARTS, 24)
+    batch = janus.collate(given)
+    tokens = sum(len(e.target) for e in given)  # the rotated layout predicts BOS as well
+    assert {v for k, v in janus.counts(batch).items() if k != "length"} == {tokens}
+    total, _ = janus.losses(model, batch, unit_scale(janus, batch))
+    ones = dict.fromkeys(janus.weights, 1.0)
+    _, sums = janus_reference.losses(model, given, janus.layout, ones, label_smoothing=0.0)
+    expected = 0.5 * (sums["ar"] + sums["nar"] + sums["aux"]) + 0.5 * (sums["kl_nar_aux"] + sums["kl_ar_aux"])
+    torch.testing.assert_close(total.detach(), expected / tokens, rtol=1e-10, atol=0)
 
 
 def test_reductions_count_what_they_say():

@@ -9,6 +9,7 @@ from pretrain.errors import ConfigError
 from pretrain.models import SpecialIds
 from pretrain.objectives import build, spans
 from pretrain.objectives.corruption import Corruption, corrupt_text
+from pretrain.objectives.janus import PRESETS
 
 IDS = SpecialIds(bos=0, pad=1, eos=2, mask=4, unk=3)
 
@@ -78,6 +79,33 @@ def test_paper_ratios_are_reached():
         hidden.append(len(example.masked))
     assert set(hidden) == {100}
     assert abs(1 - np.mean(kept) / 200 - 0.30) < 0.01
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_released_pretraining_hides_less_than_its_ratio(words):
+    # SYSTEMS A.6: about 13 % in the encoder and 27 % in the decoder after overlaps. A plain simulation of the released
+    # sampler gives 0.268 and 0.139 for 510 tokens.
+    rng = np.random.default_rng(0)
+    options = Corruption(**PRESETS["released_pretrain"]["corruption"]).model_copy(update={"whole_words": words})
+    assert (options.encoder_ratio, options.decoder_ratio, options.mean_span) == (0.15, 0.3, 3.0)
+    tokens, kept, hidden = np.arange(10, 520), [], []
+    for _ in range(400):
+        example = corrupt_text(tokens, options, IDS, rng.random(520) < 0.7, rng)
+        kept.append(np.isin(tokens, example.source).mean())
+        hidden.append(len(example.masked) / len(tokens))
+    assert abs(np.mean(hidden) - 0.268) < 0.005
+    assert abs(1 - np.mean(kept) - 0.139) < 0.006
+
+
+def test_every_empty_span_inserts_a_mask_or_none_does():
+    rng = np.random.default_rng(0)
+    inserted = {}
+    for insertions in (False, True):
+        options = Corruption(encoder_ratio=0.0, decoder_ratio=0.3, mean_span=1.0, insertions=insertions)
+        examples = [corrupt_text(np.arange(10, 110), options, IDS, None, rng) for _ in range(100)]
+        inserted[insertions] = np.mean([(example.source == IDS.mask).sum() for example in examples])
+    # about 30 spans, of which Poisson(1) leaves 37 % empty; all others stay whole in the encoder
+    assert inserted[False] == 0 and 9 < inserted[True] < 13
 
 
 def test_a_span_collapses_to_one_mask():
