@@ -12,9 +12,9 @@ class TuneConfig(Section):
     """Everything `python -m finetune train` needs; saved into the run folder as `config.yaml`.
 
     bundle: hand-off bundle to start from. task, runner: `name` in their registry and options. workers: processes that
-    corrupt and collate. max_source, max_target: tokens with BOS and EOS; longer sources are cut, pairs with longer
-    targets are left out of training and validation losses. shown: validation pairs that are written out and scored
-    whenever `train.sample_every` is due.
+    corrupt and collate. max_source, max_target: tokens with BOS and EOS; longer sources are cut, here and when the
+    tuned bundle writes; pairs with longer targets are left out of training and validation losses. shown: validation
+    pairs that are written out and scored whenever `train.sample_every` is due.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")

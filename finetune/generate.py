@@ -34,12 +34,13 @@ class Written:
     """The texts of some sources and what they cost.
 
     texts: one line each. passes: decoder passes of each batch. seconds: encoding and decoding, without tokenisation.
-    cut: sources shortened to the model's positions. repeats: tokens that `dedup` removed.
+    cut: sources shortened to `max_source` tokens. repeats: tokens that `dedup` removed.
     """
 
     texts: list[str]
     passes: list[int]
     seconds: float
+    max_source: int
     cut: int = 0
     repeats: int = 0
 
@@ -47,7 +48,7 @@ class Written:
         """One line for people: passes, speed and whatever was done to the texts."""
         lines = len(self.texts)
         passes = f"{min(self.passes)} to {max(self.passes)}" if len(set(self.passes)) > 1 else f"{self.passes[0]}"
-        notes = f", {self.cut} sources cut to the model's positions" if self.cut else ""
+        notes = f", {self.cut} sources cut to {self.max_source} tokens" if self.cut else ""
         notes += f", dedup removed {self.repeats} tokens" if self.repeats else ""
         return (
             f"{lines} sentences in {len(self.passes)} batch(es), {passes} decoder passes a batch, "
@@ -60,17 +61,18 @@ def write_texts(
     tokenizer: TextTokenizer,
     runner: Runner,
     sources: Sequence[str],
+    max_source: int,
     batch_tokens: int = 4096,
     dedup: bool = False,
 ) -> Written:
     """Generates for every source, longest first, in batches of at most `batch_tokens` source tokens.
 
-    The texts do not depend on how sources are batched. dedup: leave out a token equal to the one before it.
+    The texts do not depend on how sources are batched. max_source: tokens with BOS and EOS that a longer source is cut
+    to, because positions beyond were never trained. dedup: leave out a token equal to the one before it.
     """
-    ids, limit = model.ids, model.config.max_positions
-    device = model.shared.weight.device
+    ids, device = model.ids, model.shared.weight.device
     encoded = tokenizer.encode_batch([one_line(source) for source in sources])
-    rows = [enclose(tokens[: limit - 2], ids) for tokens in encoded]
+    rows = [enclose(tokens[: max_source - 2], ids) for tokens in encoded]
     texts, passes, seconds, repeats = [""] * len(rows), [], 0.0, 0
     for batch in batches([len(row) for row in rows], batch_tokens):
         source = to_device(SourceRows.pack([rows[index] for index in batch]), device)
@@ -82,7 +84,8 @@ def write_texts(
             kept = without_repeats(tokens) if dedup else tokens
             repeats += len(tokens) - len(kept)
             texts[index] = one_line(tokenizer.decode(kept))
-    return Written(texts, passes, seconds, sum(len(tokens) > limit - 2 for tokens in encoded), repeats)
+    cut = sum(len(tokens) > max_source - 2 for tokens in encoded)
+    return Written(texts, passes, seconds, max_source, cut, repeats)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -119,16 +122,22 @@ def generate(
         CheckpointError, ConfigError, DataError: a bad bundle, option or input.
     """
     bundle = load_bundle(bundle_path)
-    modes = bundle.description.modes
+    description = bundle.description
+    modes = description.modes
     if not set(NEEDS[mode]) & set(modes):
         wanted = " or ".join(NEEDS[mode])
         raise UsageError(f"`--mode` {mode} needs a bundle with mode {wanted}, `{bundle_path}` has {', '.join(modes)}")
+    if mode == "nar" and not description.length_trained:
+        raise UsageError(
+            f"`--mode` nar needs a trained length predictor, that of `{bundle_path}` never was: tune the bundle first, "
+            "`python -m finetune train` with `runner.name=nar`"
+        )
     sources = _stdin_lines() if source_file == STANDARD else read_lines(source_file)
     if not sources:
         raise DataError(f"`{source_file}` must hold at least one line, it is empty")
-    runner = runners.build({"name": mode, "decoding": dict(options)}, bundle.description)
+    runner = runners.build({"name": mode, "decoding": dict(options)}, description)
     model = bundle.model.to(_device(device))
-    written = write_texts(model, bundle.tokenizer, runner, sources, batch_tokens, dedup)
+    written = write_texts(model, bundle.tokenizer, runner, sources, description.longest_source, batch_tokens, dedup)
     text = "".join(f"{line}\n" for line in written.texts)
     if target_file == STANDARD:
         sys.stdout.write(text)

@@ -21,7 +21,7 @@ class WrittenTexts:
     """Writes the texts of a few validation pairs, to TensorBoard and `folder/step_XXXXXX.txt`, with their ROUGE.
 
     Every rank writes the same texts, because sharded parameters are gathered by all ranks together; a board marks the
-    rank that keeps them. References are read only after everything is written.
+    rank that keeps them. References are read only after everything is written. max_source: as in `write_texts`.
     """
 
     def __init__(
@@ -30,13 +30,15 @@ class WrittenTexts:
         runner: Runner,
         tokenizer: TextTokenizer,
         pairs: Sequence[Pair],
+        max_source: int,
         every: int,
         folder: Path,
         board: TensorBoard | None,
         note: Note | None,
     ) -> None:
         self.engine, self.runner, self.tokenizer, self.pairs = engine, runner, tokenizer, pairs
-        self.every, self.folder, self.board, self.note = every, folder, board, note
+        self.max_source, self.every = max_source, every
+        self.folder, self.board, self.note = folder, board, note
 
     def after_step(self, report: StepReport) -> None:
         if not report.due(self.every):
@@ -44,7 +46,8 @@ class WrittenTexts:
         model = self.engine.module.model
         assert isinstance(model, EncoderDecoder)
         with self.engine.gathered():
-            written = write_texts(model, self.tokenizer, self.runner, [pair.source for pair in self.pairs])
+            sources = [pair.source for pair in self.pairs]
+            written = write_texts(model, self.tokenizer, self.runner, sources, self.max_source)
         if self.board is None:
             return
         scores = score(written.texts, [pair.target for pair in self.pairs], METRICS).values

@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"  tensorboard --logdir {work.folder}/runs")
     print(f"  make quickstart OBJECTIVE={work.objective} STEPS=2000        # resumes where this ended")
     print(
-        "  deepspeed --module pretrain train configs/pretrain/janus_base.yaml data.path=DIR   # BART-base size, on GPUs"
+        "  deepspeed --module pretrain train configs/pretrain/janus_base.yaml data.path=DIR init_from=null   # on GPUs"
     )
     return 0
 

@@ -6,11 +6,10 @@ and test pairs as parallel text files, for `generate` and `score`.
 
 import hashlib
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,15 +20,18 @@ from finetune.hooks import WrittenTexts
 from finetune.runners import Runner, with_modes
 from finetune.tasks import Pair, SplitName
 from pretrain import checkpoint, config, distributed, objectives, runs
-from pretrain.bundle import Bundle, load_bundle, write_bundle
+from pretrain.assemble import with_steps
+from pretrain.bundle import Bundle, content_sha256, load_bundle, write_bundle
 from pretrain.data.plan import BatchSize
 from pretrain.data.stream import SampleStream
+from pretrain.distributed import check_same, together
 from pretrain.engine import build
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, DataError
+from pretrain.flatten import flatten
 from pretrain.hooks import Signals
 from pretrain.loop import Hook, Progress
 from pretrain.objectives import ObjectiveModule
-from pretrain.run import Run, claim, together, told_once
+from pretrain.run import Run, claim
 
 BUNDLE, TASK = "bundle", "task"
 # What decides the order of the data, the model and the objective: the past of a run cannot be of two kinds.
@@ -39,58 +41,67 @@ FREE = ("runner.decoding",)
 
 @dataclass(frozen=True)
 class Data:
-    """The task's pairs and, encoded, what training and validation read. valid is None where no pair is left."""
+    """The task's pairs and, encoded, what training and validation read. valid is None where no pair is left.
+
+    bundle_sha256: of the bundle whose tokenizer has encoded them.
+    """
 
     pairs: Mapping[SplitName, list[Pair]]
     train: PairCorpus
     valid: PairCorpus | None
+    bundle_sha256: str
 
     @property
-    def fingerprint(self) -> str:
-        """sha256 of the training pairs in their order."""
+    def fingerprint(self) -> dict[str, str]:
+        """sha256 of the training pairs in their order, and of the bundle."""
         lines = (f"{pair.source}\t{pair.target}\n" for pair in self.pairs["train"])
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        pairs_sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
+        return {"bundle_sha256": self.bundle_sha256, "pairs_sha256": pairs_sha256}
 
 
 def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Tunes, or continues, the run that `config_path` describes, and returns the folder of its bundle.
 
     Raises:
-        ParlanceError: with the exit code of `pretrain.errors`; an error that all ranks share is raised by rank 0 while
-            the others exit silently with its code.
+        ParlanceError: with the exit code of `pretrain.errors`; what one rank meets, every rank raises.
     """
-    rank = int(os.environ.get("RANK", "0"))
     with ExitStack() as stack:
-        with told_once(rank):
-            settings = config.load(TuneConfig, config_path, overrides)
         signals = stack.enter_context(Signals())
-        with told_once(rank):
-            world = distributed.init()
-            stack.callback(distributed.shutdown)
-            bundle = together(lambda: open_bundle(settings))
-            runner = runners.build(settings.runner, bundle.description)
-            data = together(lambda: read_data(settings, bundle))
-            stream, module = assemble(settings, bundle, runner, data)
-            store, repaired = checkpoint.open_store(settings.run_dir)
-            stack.callback(store.unlock)
-            changed = distributed.rank_zero(lambda: claim(settings, store, FIXED, FREE))
-            engine = build(settings.engine, settings.optim, module, world)
-            run = Run(settings, world, engine, stream, store, data.fingerprint, "task", stack)
-        write_task(run, data)
+        world = distributed.init()
+        stack.callback(distributed.shutdown)
+        given = together(lambda: complete_options(config.load(TuneConfig, config_path, overrides)))
+        check_same("the configuration", flatten(given.model_dump(mode="json")), ConfigError)
+        bundle = together(lambda: open_bundle(given))
+        runner = together(lambda: runners.build(given.runner, bundle.description))
+        data = together(lambda: read_data(given, bundle))
+        check_same("`bundle` and the pairs of `task`", data.fingerprint, DataError)
+        stream, module = together(lambda: assemble(given, bundle, runner, data))
+        train = together(lambda: with_steps(given.train, stream.order, stream.corpus, stream.batch))
+        settings = given.model_copy(update={"train": train})
+        store, repaired = checkpoint.open_store(settings.run_dir)
+        stack.callback(store.unlock)
+        changed = distributed.rank_zero(lambda: claim(settings, store, complete_options, FIXED, FREE))
+        engine = build(settings.engine, settings.optim, module, world)
+        run = Run(settings, world, engine, stream, store, data.fingerprint, "bundle, task", stack)
+        distributed.rank_zero(lambda: write_task(run.folder / TASK, data))
         run.announce(repaired, changed, derived(run, settings, data))
-        with told_once(rank):
-            progress = run.train(signals, written_texts(run, settings, bundle, runner, data))
-            return hand_over(run, settings, bundle, runner, data, progress)
+        progress = run.train(signals, written_texts(run, settings, bundle, runner, data))
+        return hand_over(run, settings, bundle, runner, data, progress)
 
 
-def write_task(run: Run, data: Data) -> None:
-    """RUN/task: validation and test pairs as parallel text files."""
-    if run.world.rank:
-        return
+def complete_options(settings: TuneConfig) -> TuneConfig:
+    """`settings` with every option of task and runner; raises ConfigError for one that is unknown or out of range."""
+    task = config.complete(tasks.REGISTRY, settings.task, "task")
+    runner = config.complete(runners.REGISTRY, settings.runner, "runner")
+    return settings.model_copy(update={"task": task, "runner": runner})
+
+
+def write_task(folder: Path, data: Data) -> None:
+    """Validation and test pairs as parallel text files in `folder`."""
     for split in ("valid", "test"):
         for side in ("source", "target"):
             lines = [getattr(pair, side) for pair in data.pairs[split]]
-            runs.write_text(run.folder / TASK / f"{split}.{side}", "".join(f"{line}\n" for line in lines))
+            runs.write_text(folder / f"{split}.{side}", "".join(f"{line}\n" for line in lines))
 
 
 def written_texts(run: Run, settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data) -> Hook | None:
@@ -100,14 +111,19 @@ def written_texts(run: Run, settings: TuneConfig, bundle: Bundle, runner: Runner
         return None
     shown = (data.pairs["valid"] or data.pairs["train"])[: settings.shown]
     folder = run.folder / runs.SAMPLES
-    return WrittenTexts(run.engine, runner, bundle.tokenizer, shown, every, folder, run.board, run.note)
+    limit = settings.max_source
+    return WrittenTexts(run.engine, runner, bundle.tokenizer, shown, limit, every, folder, run.board, run.note)
 
 
 def hand_over(run: Run, settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data, progress: Progress) -> Path:
     """RUN/bundle: the tuned weights, with the modes that the runner has trained; collective."""
     out = run.folder / BUNDLE
     weights = {name.removeprefix("model."): value for name, value in run.engine.full_weights().items()}
-    description = with_modes(bundle.description, runner)
+    description = replace(
+        with_modes(bundle.description, runner),
+        max_source=settings.max_source,
+        length_trained=run.engine.module.objective.weights["length"] > 0,
+    )
     provenance = {
         "run": settings.name,
         **progress.to_json(),
@@ -165,7 +181,8 @@ def read_data(settings: TuneConfig, bundle: Bundle) -> Data:
         max_source=settings.max_source,
         max_target=settings.max_target,
     )
-    return Data(pairs, encode(pairs["train"]), encode(pairs["valid"]) if pairs["valid"] else None)
+    valid = encode(pairs["valid"]) if pairs["valid"] else None
+    return Data(pairs, encode(pairs["train"]), valid, content_sha256(settings.bundle))
 
 
 def assemble(settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data) -> tuple[SampleStream, ObjectiveModule]:

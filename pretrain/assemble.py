@@ -1,13 +1,17 @@
 """From a configuration and its data to the parts of a training run: model, objective, stream."""
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, get_args
 
-from pretrain import objectives, rng
-from pretrain.config import ModelConfig, RunConfig
+from pretrain import objectives, rng, runs
+from pretrain.bundle import load_bundle, read_description
+from pretrain.commit import Store
+from pretrain.config import ModelConfig, RunConfig, TrainConfig
 from pretrain.data.dataset import ShardDataset, Split
-from pretrain.data.plan import BatchSize
+from pretrain.data.order import BlendedOrder
+from pretrain.data.plan import BatchSize, Corpus, plan_step
 from pretrain.data.stream import SampleStream, ShardCorpus
 from pretrain.data.tokenizer import TextTokenizer
 from pretrain.distributed import World
@@ -15,10 +19,22 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.models import EncoderDecoder, SpecialIds
 from pretrain.objectives import ObjectiveModule
 
+# What a run may choose anew in the model it inherits.
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
+# Updates that are looked at to tell how many samples a batch in tokens holds.
+PROBED = 16
+
 
 def complete_config(settings: RunConfig, dataset: ShardDataset) -> RunConfig:
-    """The configuration with the vocabulary size filled in from the tokenizer, checked against the data."""
-    model, vocabulary = settings.model, dataset.tokenizer.vocab_size
+    """The configuration with what bundle and data decide: the model, its vocabulary size, the number of updates.
+
+    Raises:
+        ConfigError: the model contradicts `init_from`, or is too small for the data.
+        DataError: the data was made with another tokenizer than that of `init_from`.
+        CheckpointError: `init_from` is no bundle.
+    """
+    model = settings.model if settings.init_from is None else _inherited(settings, settings.init_from, dataset)
+    vocabulary = dataset.tokenizer.vocab_size
     if model.vocab_size is not None and model.vocab_size < vocabulary:
         raise ConfigError(
             f"`model.vocab_size` must be at least the {vocabulary} tokens of `{settings.data.path}`, "
@@ -31,11 +47,33 @@ def complete_config(settings: RunConfig, dataset: ShardDataset) -> RunConfig:
             f"`{settings.data.path}`, got {model.max_positions}"
         )
     filled: ModelConfig = model.model_copy(update={"vocab_size": model.vocab_size or vocabulary})
-    return settings.model_copy(update={"model": filled})
+    train = settings.train
+    if train.epochs is not None:
+        corpus = ShardCorpus(dataset, "train")
+        order = BlendedOrder(corpus.sizes, _weights(settings, corpus), settings.seed)
+        train = with_steps(train, order, corpus, BatchSize(**settings.batch.model_dump()))
+    return settings.model_copy(update={"model": filled, "train": train})
+
+
+def with_steps(train: TrainConfig, order: BlendedOrder, corpus: Corpus, batch: BatchSize) -> TrainConfig:
+    """`train` with `epochs`, if given, put as `steps`: the updates after which at least so many have passed.
+
+    Exact for a batch in samples; for one in tokens from the mean of some updates all over the first epoch.
+    """
+    if train.epochs is None:
+        return train
+    batch.check(corpus.longest)
+    starts = range(0, order.samples, -(-order.samples // PROBED))
+    mean = sum(plan_step(order, corpus, start, 1, batch).count for start in starts) / len(starts)
+    steps = math.ceil(train.epochs * order.samples / mean)
+    return train.model_copy(update={"steps": steps, "epochs": None})
 
 
 def build_module(settings: RunConfig, dataset: ShardDataset) -> ObjectiveModule:
-    """Model and objective; the weights follow from the seed alone."""
+    """Model and objective; the weights are those of `init_from`, or follow from the seed alone.
+
+    A run that has a checkpoint does not read the bundle any more.
+    """
     tokenizer = dataset.tokenizer
     ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
     objective = objectives.build(settings.objective, ids, tokenizer.word_starts, settings.model.length_classes)
@@ -44,6 +82,12 @@ def build_module(settings: RunConfig, dataset: ShardDataset) -> ObjectiveModule:
         model = EncoderDecoder(settings.model, ids, settings.engine.activation_checkpointing, settings.engine.backend)
     except ValueError as error:
         raise ConfigError(f"`engine.backend`: {error}") from None
+    if settings.init_from is not None and not _has_checkpoint(settings):
+        bundle = load_bundle(settings.init_from, backend=settings.engine.backend)
+        inherited, chosen = bundle.description.layout.layout, objective.layout.layout
+        if inherited != chosen and not set(objective.modes).isdisjoint(("ar", "causal")):
+            raise ConfigError(f"`objective.ar_layout` must be {inherited}, as in `{settings.init_from}`, got {chosen}")
+        model.load_state_dict(bundle.model.state_dict())
     return ObjectiveModule(model, objective)
 
 
@@ -55,16 +99,13 @@ def build_stream(settings: RunConfig, dataset: ShardDataset, objective: Any, wor
             f"`{settings.data.path}` must have at least one training sample for each of {world.size} ranks, "
             f"it has {sum(corpus.sizes)}"
         )
-    weights = settings.data.weights
-    if weights is not None and set(weights) != set(corpus.names):
-        raise ConfigError(f"`data.weights` must name {', '.join(corpus.names)}, got {', '.join(weights)}")
     return SampleStream(
         corpus,
         objective,
         seed=settings.seed,
         batch=BatchSize(**settings.batch.model_dump()),
         valid=ShardCorpus(dataset, "valid"),
-        weights=None if weights is None else [weights[name] for name in corpus.names],
+        weights=_weights(settings, corpus),
         workers=settings.data.workers,
     )
 
@@ -73,3 +114,36 @@ def readable(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
     """Text with a box for every MASK."""
     parts = groupby(ids, key=lambda number: number == tokenizer.mask)
     return "".join(" ▢" * len(list(run)) if masked else tokenizer.decode(run) for masked, run in parts)
+
+
+def _inherited(settings: RunConfig, init_from: str, dataset: ShardDataset) -> ModelConfig:
+    """The model of the bundle, or of the run itself once it has a checkpoint, with the dropouts that are given."""
+    before = runs.read_config(settings.run_dir, RunConfig) if _has_checkpoint(settings) else None
+    if before is not None:
+        shape = before.model
+    else:
+        description, tokenizer = read_description(init_from)
+        if tokenizer.sha256 != dataset.tokenizer.sha256:
+            raise DataError(
+                f"`{settings.data.path}` must be made with the tokenizer of `{init_from}` ({tokenizer.sha256:.12}), "
+                f"its own is {dataset.tokenizer.sha256:.12}: prepare it with `--tokenizer {init_from}`"
+            )
+        shape = description.model
+    given = {name: getattr(settings.model, name) for name in settings.model.model_fields_set}
+    for name, value in given.items():
+        inherited = getattr(shape, name)
+        if name not in DROPOUTS and value not in (inherited, None):
+            raise ConfigError(f"`model.{name}` must be {inherited!r} or absent, as in `{init_from}`, got {value!r}")
+    return shape.model_copy(update={name: value for name, value in given.items() if name in DROPOUTS})
+
+
+def _has_checkpoint(settings: RunConfig) -> bool:
+    """Whether a checkpoint will give this run its weights."""
+    return bool(Store(settings.run_dir).commits())
+
+
+def _weights(settings: RunConfig, corpus: ShardCorpus) -> list[float] | None:
+    weights = settings.data.weights
+    if weights is not None and set(weights) != set(corpus.names):
+        raise ConfigError(f"`data.weights` must name {', '.join(corpus.names)}, got {', '.join(weights)}")
+    return None if weights is None else [weights[name] for name in corpus.names]

@@ -5,25 +5,31 @@
     tokenizer.json  generation_config.json
     provenance.json         run, step, configuration, versions, sources and licences
     golden.safetensors      a fixed input and its logits per mode
+    manifest.json           size and sha256 of all of these (pretrain/seal.py)
 
-A bundle appears whole or not at all; loading one computes the golden logits again.
+A bundle appears whole or not at all; loading one checks every bit and computes the golden logits again.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pretrain import seal
 from pretrain.bundle_config import Description, from_bart, generation_config, to_bart
 from pretrain.commit import disk_errors
-from pretrain.data.tokenizer import TextTokenizer
+from pretrain.data.files import sha256_of
+from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from pretrain.errors import CheckpointError, DataError
 from pretrain.models import EncoderDecoder
 from pretrain.models.golden import golden
@@ -62,21 +68,43 @@ def write_bundle(
         CheckpointError: `out` exists and is no bundle, or `weights` do not fit the description.
     """
     target = Path(out)
-    if target.exists() and not is_bundle(target):
-        raise CheckpointError(f"`{out}` exists and is no bundle: it is not overwritten, name another folder")
+    check_replaceable(target)
     stored = {name: value.float().contiguous() for name, value in weights.items() if name != TIED}
     model = build_model(description, stored, where="weights")
+    with whole_folder(target) as staging:
+        save_file(stored, staging / WEIGHTS, metadata={"format": "pt"})
+        save_file(golden(model, description.layout, description.modes), staging / GOLDEN)
+        write_json(staging / CONFIG, to_bart(description))
+        write_json(staging / GENERATION, generation_config(description))
+        write_json(staging / PROVENANCE, provenance)
+        tokenizer.save(staging)
+        seal.seal_folder(staging, step=0)
+    return target
+
+
+def check_replaceable(target: Path) -> None:
+    """Raises CheckpointError where something other than a bundle lies at `target`."""
+    if target.exists() and not is_bundle(target):
+        raise CheckpointError(f"`{target}` exists and is no bundle: it is not overwritten, name another folder")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into; at the end it is on disk and takes the place of `target`.
+
+    Raises:
+        DiskError: the disk is full, over quota or read-only.
+    """
     with disk_errors(target):
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         staging = target.with_name(f".{target.name}.staging")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        save_file(stored, staging / WEIGHTS, metadata={"format": "pt"})
-        save_file(golden(model, description.layout, description.modes), staging / GOLDEN)
-        _write_json(staging / CONFIG, to_bart(description))
-        _write_json(staging / GENERATION, generation_config(description))
-        _write_json(staging / PROVENANCE, provenance)
-        tokenizer.save(staging)
+        try:
+            yield staging
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         for path in staging.iterdir():
             path.chmod(0o644)  # safetensors makes files that only their owner can read
             _sync(path)
@@ -88,24 +116,22 @@ def write_bundle(
         staging.rename(target)
         _sync(target.absolute().parent)
         shutil.rmtree(trash, ignore_errors=True)
-    return target
 
 
 def load_bundle(path: str | Path, verify: bool = True, backend: str = "auto") -> Bundle:
     """Reads a bundle on the CPU, in eval mode.
 
     Args:
-        verify: compute the golden logits again and refuse a difference above 1e-4 of their largest value.
+        verify: hash every file, compute the golden logits again and refuse a difference above 1e-4 of their largest
+            value.
 
     Raises:
         CheckpointError: a file is missing or broken, the architecture is another, or the logits differ.
     """
     folder = Path(path)
-    description = from_bart(_read_json(folder / CONFIG), where=str(folder / CONFIG))
-    try:
-        tokenizer = TextTokenizer.from_path(folder)
-    except DataError as error:
-        raise CheckpointError(str(error)) from None
+    if verify:
+        check_seal(folder)
+    description, tokenizer = read_description(folder)
     if tokenizer.vocab_size > (description.model.vocab_size or 0):
         raise CheckpointError(
             f"`{folder}`: `vocab_size` must be at least the tokenizer's {tokenizer.vocab_size}, "
@@ -114,6 +140,34 @@ def load_bundle(path: str | Path, verify: bool = True, backend: str = "auto") ->
     model = build_model(description, _read_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS), backend=backend)
     golden_error = _golden_error(model, description, folder / GOLDEN) if verify else None
     return Bundle(model, description, tokenizer, _read_json(folder / PROVENANCE), golden_error)
+
+
+def check_seal(folder: Path) -> None:
+    """Raises CheckpointError naming the first file that is not as it was written; a bundle without manifest is not."""
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"bundle `{folder}` lacks {CONFIG}")
+    for problem in seal.verify(folder, step_in_name=False):
+        raise CheckpointError(f"bundle `{folder}` is not as it was written: {problem}")
+
+
+def read_description(path: str | Path) -> tuple[Description, TextTokenizer]:
+    """What a bundle says about its model, and its tokenizer; weights are not read.
+
+    Raises:
+        CheckpointError: a file is missing or broken.
+    """
+    folder = Path(path)
+    description = from_bart(_read_json(folder / CONFIG), where=str(folder / CONFIG))
+    try:
+        return description, TextTokenizer.from_path(folder)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def content_sha256(path: str | Path) -> str:
+    """What tells one bundle from another without reading its weights: configuration, tokenizer and golden logits."""
+    hashes = (sha256_of(Path(path) / name) for name in (CONFIG, TOKENIZER_FILE, GOLDEN))
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def is_bundle(folder: Path) -> bool:
@@ -128,8 +182,12 @@ def build_model(
     description: Description, weights: Mapping[str, Tensor], where: str, backend: str = "auto"
 ) -> EncoderDecoder:
     """The described model with exactly these weights, in eval mode; raises CheckpointError naming the first misfit."""
-    model = EncoderDecoder(description.model, description.ids, backend=backend)
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name != TIED}
+    try:
+        with torch.device("meta"):  # a size that is wrong must end in an error, not in an allocation
+            shapes = EncoderDecoder(description.model, description.ids, backend=backend).state_dict()
+    except (RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"`{where}`: no model can be so large: {str(error).splitlines()[0]}") from None
+    wanted = {name: tuple(value.shape) for name, value in shapes.items() if name != TIED}
     for name, shape in wanted.items():
         if name not in weights:
             raise CheckpointError(f"`{where}` is of another architecture: it lacks `{name}`")
@@ -139,6 +197,7 @@ def build_model(
     for name in weights:
         if name not in wanted:
             raise CheckpointError(f"`{where}` is of another architecture: the model has no `{name}`")
+    model = EncoderDecoder(description.model, description.ids, backend=backend)
     model.load_state_dict({**weights, TIED: weights["shared.weight"]})
     return model.eval()
 
@@ -185,7 +244,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"`{path}` cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """`values` as readable JSON."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ ranges are checked on load, and components receive plain values from here, never
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -35,7 +35,8 @@ class Section(BaseModel):
         values = dict(values)
         for name, field in cls.model_fields.items():
             if isinstance(field.default, Section) and isinstance(values.get(name), dict):
-                values[name] = {**field.default.model_dump(), **values[name]}
+                # Only what the owner sets, so that `model_fields_set` still tells what was given.
+                values[name] = {**field.default.model_dump(exclude_unset=True), **values[name]}
         return values
 
 
@@ -58,7 +59,7 @@ class ModelConfig(Section):
     dropout: Rate = 0.1
     attention_dropout: Rate = 0.1
     activation_dropout: Rate = 0.0
-    length_classes: int = Field(256, ge=2)
+    length_classes: int = Field(256, ge=4)
     init_std: Positive = 0.02
 
     @model_validator(mode="after")
@@ -124,24 +125,43 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length of the run and the rhythm of everything periodic, in updates (0 = never)."""
+    """Length of the run and the rhythm of everything periodic, in updates (0 = never).
 
-    steps: int = Field(1000, ge=1)
+    epochs: passes over the training data, in place of `steps`, which is 0 until the data tells how many those are.
+    """
+
+    steps: int = Field(1000, ge=0)
+    epochs: Positive | None = None
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(0, ge=0)
     validate_batches: int = Field(4, ge=1)
     sample_every: int = Field(0, ge=0)
+    cosine_every: int = Field(0, ge=0, description="of the gradients of the AR and the NAR term, in TensorBoard")
     save_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1, description="committed checkpoints kept")
     resume: Literal["auto", "never"] = "auto"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, values: Any) -> Any:
+        """`epochs` alone, or `steps` (1000 where neither is given)."""
+        if not isinstance(values, dict) or (values.get("epochs") is None and values.get("steps", 1)):
+            return values
+        if (values.get("epochs") is None) == (not values.get("steps")):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        return {**values, "steps": 0}
+
 
 class RunConfig(Section):
-    """Everything `python -m pretrain train` needs; saved into the run folder as `config.yaml`."""
+    """Everything `python -m pretrain train` needs; saved into the run folder as `config.yaml`.
+
+    init_from: a bundle whose weights the run begins with; it also gives `model`, in which only dropouts may differ.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     runs: str = "runs"
     seed: int = Field(1, ge=0, lt=2**31)
+    init_from: str | None = None
     data: DataConfig
     model: ModelConfig = ModelConfig()
     objective: dict[str, Any]
@@ -156,6 +176,7 @@ class RunConfig(Section):
 
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
+MakeT = TypeVar("MakeT")
 
 
 def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) -> SectionT:
@@ -195,18 +216,40 @@ def validate(kind: type[SectionT], values: Any, where: str) -> SectionT:
         raise ConfigError(f"{where}: {problems}") from None
 
 
+def choose(
+    registry: Mapping[str, tuple[type[Section], MakeT]], options: Mapping[str, Any], section: str
+) -> tuple[Section, MakeT]:
+    """The options, validated and complete, and the maker that `options["name"]` names in a registry.
+
+    Raises:
+        ConfigError: the name or an option is unknown or out of range.
+    """
+    name = options.get("name")
+    if not isinstance(name, str) or name not in registry:
+        raise ConfigError(f"`{section}.name` must be one of {', '.join(registry)}, got {name!r}")
+    kind, make = registry[name]
+    return validate(kind, dict(options), where=section), make
+
+
+def complete(
+    registry: Mapping[str, tuple[type[Section], Any]], options: Mapping[str, Any], section: str
+) -> dict[str, Any]:
+    """`options` with the default of each one that was not given; raises as `choose` does."""
+    return choose(registry, options, section)[0].model_dump(mode="json")
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Parses a YAML mapping safely (no tags that run code, no duplicate keys, bounded size)."""
-    file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)  # a device has no end
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config `{path}` cannot be read: {error}") from None
     if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"config `{path}` must be at most {MAX_CONFIG_BYTES} characters, got {len(text)}")
+        raise ConfigError(f"config `{path}` must be at most {MAX_CONFIG_BYTES} characters, it has more")
     try:
         values = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"config `{path}` is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config `{path}` must be a mapping of keys, got {type(values).__name__}")
@@ -217,7 +260,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Parses a JSON object, for settings that belong to another program."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"`{path}` must be readable JSON: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"`{path}` must hold a JSON object, got {type(values).__name__}")
@@ -228,7 +271,7 @@ def parse_scalar(text: str, where: str) -> Any:
     """Parses the right-hand side of an override the way the YAML file itself is parsed."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

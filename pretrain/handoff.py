@@ -11,14 +11,14 @@ from torch import Tensor
 from pretrain import objectives
 from pretrain.bundle import load_bundle, write_bundle
 from pretrain.bundle_config import Description, Mode
-from pretrain.checkpoint import PROGRESS
+from pretrain.checkpoint import read_progress
 from pretrain.commit import Store
 from pretrain.config import RunConfig
 from pretrain.data.manifest import Manifest, read_manifest, read_tokenizer
 from pretrain.errors import CheckpointError
 from pretrain.loop import Progress
 from pretrain.models import SpecialIds
-from pretrain.runs import CONFIG, ENVIRONMENT, read_config
+from pretrain.runs import CONFIG, ENVIRONMENT, check_data, fingerprint, read_config
 
 
 def handoff(run_dir: str | Path, out: str | Path) -> Path:
@@ -26,7 +26,7 @@ def handoff(run_dir: str | Path, out: str | Path) -> Path:
 
     Raises:
         CheckpointError: `run_dir` is no run, has no intact checkpoint, or `out` may not be overwritten.
-        DataError: the data folder of the run is gone or its tokenizer is another one.
+        DataError: the data folder of the run is gone or holds other data than the checkpoint was trained on.
     """
     run = Path(run_dir)
     config = read_config(run, RunConfig)
@@ -37,19 +37,30 @@ def handoff(run_dir: str | Path, out: str | Path) -> Path:
         raise CheckpointError(f"run `{run_dir}` has no checkpoint yet: train at least `train.save_every` steps")
     data = Path(config.data.path)
     manifest = read_manifest(data)
+    saved = read_progress(commit)["progress"]
+    check_data(saved.get("data"), fingerprint(manifest), "data.path", run)
     tokenizer = read_tokenizer(data, manifest)
     ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
     objective = objectives.build(config.objective, ids, tokenizer.word_starts, config.model.length_classes)
     modes = cast(tuple[Mode, ...], tuple(objective.modes))
-    description = Description(config.model, ids, objective.layout, modes, dict(config.objective))
-    progress = Progress.from_json(json.loads((commit / PROGRESS).read_text(encoding="utf-8"))["progress"])
+    description = Description(
+        config.model,
+        ids,
+        objective.layout,
+        modes,
+        dict(config.objective),
+        max_source=min(manifest.plan.max_length, config.model.max_positions),
+        length_trained=objective.weights["length"] > 0,
+    )
+    progress = Progress.from_json(saved)
     provenance = describe(config, progress, manifest, read_environment(run))
     write_bundle(out, read_weights(commit), description, tokenizer, provenance)
     bundle = load_bundle(out)
     parameters = sum(value.numel() for value in bundle.model.parameters())
+    untrained = "" if description.length_trained else " (the length predictor is untrained: tune before `--mode nar`)"
     print(
-        f"bundle {out}: step {progress.step}, {parameters:,} parameters, modes {', '.join(bundle.description.modes)}, "
-        f"golden logits differ by {bundle.golden_error:.1e}",
+        f"bundle {out}: step {progress.step}, {parameters:,} parameters, modes {', '.join(bundle.description.modes)}"
+        f"{untrained if 'nar' in modes else ''}, golden logits differ by {bundle.golden_error:.1e}",
         file=sys.stderr,
     )
     return Path(out)

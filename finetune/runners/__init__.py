@@ -7,8 +7,7 @@ from finetune.runners.ar import Ar, ArOptions
 from finetune.runners.base import Runner, with_modes
 from finetune.runners.nar import Nar, NarOptions
 from pretrain.bundle_config import Description
-from pretrain.config import Section, validate
-from pretrain.errors import ConfigError
+from pretrain.config import Section, choose
 
 __all__ = ["REGISTRY", "Runner", "build", "with_modes"]
 
@@ -24,8 +23,5 @@ def build(options: Mapping[str, Any], description: Description) -> Runner:
     Raises:
         ConfigError: the name or an option is unknown or out of range.
     """
-    name = options.get("name")
-    if name not in REGISTRY:
-        raise ConfigError(f"`runner.name` must be one of {', '.join(REGISTRY)}, got {name!r}")
-    kind, make = REGISTRY[name]
-    return make(validate(kind, dict(options), where="runner"), description)
+    chosen, make = choose(REGISTRY, options, "runner")
+    return make(chosen, description)

@@ -1,5 +1,6 @@
 """What a runner is: how a bundle is tuned for one way of writing, and how it then writes."""
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 from finetune.decoding import Generated
@@ -23,4 +24,4 @@ class Runner(Protocol):
 
 def with_modes(description: Description, runner: Runner) -> Description:
     """The description of a bundle after tuning: same model and layout, the runner's objective and modes."""
-    return Description(description.model, description.ids, description.layout, runner.modes, runner.objective)
+    return replace(description, modes=runner.modes, objective=runner.objective)

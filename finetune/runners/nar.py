@@ -2,11 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
-
 from finetune.decoding import Generated, MaskPredictOptions, mask_predict
 from pretrain.bundle_config import Description, Mode
-from pretrain.config import Rate, Section
+from pretrain.config import Positive, Rate, Section
 from pretrain.models import EncoderDecoder, SourceRows
 
 
@@ -15,7 +13,7 @@ class NarOptions(Section):
 
     name: Literal["nar"] = "nar"
     label_smoothing: Rate = 0.1
-    length_weight: float = Field(0.1, ge=0.0)
+    length_weight: Positive = 0.1
     decoding: MaskPredictOptions = MaskPredictOptions()
 
 

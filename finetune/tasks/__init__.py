@@ -6,8 +6,7 @@ from typing import Any
 from finetune.tasks.base import SPLITS, Pair, SplitName, Task, one_line
 from finetune.tasks.pairs import Pairs, PairsOptions
 from finetune.tasks.stdlib_summaries import StdlibSummaries, StdlibSummariesOptions
-from pretrain.config import Section, validate
-from pretrain.errors import ConfigError
+from pretrain.config import Section, choose
 
 __all__ = ["REGISTRY", "SPLITS", "Pair", "SplitName", "Task", "build", "one_line"]
 
@@ -19,8 +18,5 @@ REGISTRY: dict[str, tuple[type[Section], Callable[..., Task]]] = {
 
 def build(options: Mapping[str, Any]) -> Task:
     """The task that `options["name"]` names; raises ConfigError for an unknown name or option."""
-    name = options.get("name")
-    if name not in REGISTRY:
-        raise ConfigError(f"`task.name` must be one of {', '.join(REGISTRY)}, got {name!r}")
-    kind, make = REGISTRY[name]
-    return make(validate(kind, dict(options), where="task"))
+    chosen, make = choose(REGISTRY, options, "task")
+    return make(chosen)

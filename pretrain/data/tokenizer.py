@@ -1,4 +1,4 @@
-"""Text to token ids and back, by a Hugging Face `tokenizer.json` or a byte-level BPE trained here.
+"""Text to token ids and back, by a Hugging Face `tokenizer.json`, BART's own files or a byte-level BPE trained here.
 
 Text is only ever text: `<mask>` written inside a document is encoded as the characters `<`, `m`, ... and
 never becomes the special id, so a corpus cannot forge the rows that the objectives build.
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from pretrain.data.bart_tokenizer import GPT2, HUGGING_FACE, tokenizer_json
 from pretrain.data.files import write_atomic
+from pretrain.data.special import BOS, EOS, SPECIAL_TOKENS
 from pretrain.errors import ConfigError, DataError
 
-BOS, PAD, EOS, UNK, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
-SPECIAL_TOKENS = (BOS, PAD, EOS, UNK, MASK)
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 LARGEST_VOCAB = 2**24
 TOKENIZER_FILE = "tokenizer.json"
@@ -59,12 +59,21 @@ class TextTokenizer:
 
     @classmethod
     def from_path(cls, path: str | Path) -> "TextTokenizer":
-        """Reads `path`, a tokenizer.json or a folder that holds one; raises `DataError` naming it."""
+        """Reads `path`, a tokenizer.json or a folder that holds one or the files of `bart_tokenizer`.
+
+        Raises:
+            DataError: naming what cannot be read.
+        """
         file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+        if file != Path(path) and not file.exists() and (made := tokenizer_json(path)) is not None:
+            return cls(made, where=str(path))
         try:
             return cls(file.read_text(encoding="utf-8"), where=str(file))
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"tokenizer `{path}` must be a tokenizer.json or a folder with one: {error}") from None
+            raise DataError(
+                f"tokenizer `{path}` must be a tokenizer.json or a folder with one, or with "
+                f"{' and '.join(HUGGING_FACE)}, or with {', '.join(GPT2)}: {error}"
+            ) from None
 
     @classmethod
     def from_path_or_hub(cls, path_or_id: str) -> "TextTokenizer":

@@ -20,17 +20,19 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "
 PAIRS = [(f"{a} {b} {c}", f"{c} {a}") for a in WORDS[:6] for b in WORDS[3:9] for c in WORDS[6:]]
 
 
-def bundle_at(folder: Path, modes: tuple[Mode, ...], layout: Layout) -> Path:
+def bundle_at(folder: Path, modes: tuple[Mode, ...], layout: Layout, seed: int = 0, trained: bool = True) -> Path:
     tokenizer: TextTokenizer = train_bpe([" ".join(pair) for pair in PAIRS], 300)
     ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn_dim=32,
         max_positions=64, length_classes=32,
     )  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     weights = EncoderDecoder(config, ids).state_dict()
     name = "janus" if "ar" in modes else "denoise"
-    description = Description(config, ids, ArLayout.aligned(layout, ids), modes, {"name": name})
+    description = Description(
+        config, ids, ArLayout.aligned(layout, ids), modes, {"name": name}, max_source=24, length_trained=trained
+    )
     return write_bundle(folder, weights, description, tokenizer, {"run": "random"})
 
 
@@ -39,6 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tune")
     bundle_at(folder / "janus", ("ar", "nar"), "bos_first")
     bundle_at(folder / "bart", ("causal",), "eos_first")
+    bundle_at(folder / "lengthless", ("ar", "nar"), "bos_first", trained=False)
     lines = [f"{source}\t{target}\n" for source, target in PAIRS]
     (folder / "train.tsv").write_text("".join(lines[20:]), encoding="utf-8")
     (folder / "valid.tsv").write_text("".join(lines[:10]), encoding="utf-8")
@@ -77,6 +80,7 @@ def test_tune_generate_score(
     tuned, start = load_bundle(run / "bundle"), load_bundle(place / bundle)
     assert tuned.description.modes == modes
     assert tuned.description.layout == start.description.layout
+    assert tuned.description.max_source == 32 and tuned.description.length_trained == (runner == "nar")
     assert not torch.equal(tuned.model.shared.weight, start.model.shared.weight)
     assert tuned.provenance["tuned_from"] == {"run": "random"}
     assert (run / "samples" / "step_000003.txt").read_text(encoding="utf-8").count("written") == 3
@@ -134,6 +138,11 @@ def test_generation_does_not_see_references(place: Path, capsys: pytest.CaptureF
             2,
             "`--beam` must not",
         ),
+        (
+            ["generate", "UNTRAINED", "--mode", "nar", "--input", "IN", "--output", "-"],
+            2,
+            "needs a trained length predictor",
+        ),
         (["generate", "NONE", "--mode", "ar", "--input", "IN", "--output", "-"], 5, "lacks config.json"),
         (["generate", "JANUS", "--mode", "ar", "--input", "NONE", "--output", "-"], 4, "must be a UTF-8 text file"),
         (["generate", "JANUS", "--mode", "ar", "--input", "IN", "--output", "-", "--max-length", "65"], 3, "positions"),
@@ -144,7 +153,8 @@ def test_generation_does_not_see_references(place: Path, capsys: pytest.CaptureF
 def test_refusals_are_one_line(
     place: Path, command: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"BART": "bart", "JANUS": "janus", "IN": "test.src", "TSV": "train.tsv", "NONE": "absent"}
+    names = {"BART": "bart", "JANUS": "janus", "UNTRAINED": "lengthless", "IN": "test.src", "TSV": "train.tsv"}
+    names["NONE"] = "absent"
     assert main([str(place / names[word]) if word in names else word for word in command]) == code
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -174,3 +184,40 @@ def test_a_run_refuses_another_task(place: Path, capsys: pytest.CaptureFixture[s
     assert "`seed` must stay 1" in capsys.readouterr().err
     # what only concerns validation may change
     assert main(["train", str(config), "runner.decoding.iterations=2"]) == 0
+
+
+def test_another_bundle_under_the_same_name_does_not_continue(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle_at(place / "mutable", ("ar", "nar"), "bos_first")
+    config = config_at(place, "mutated", "nar", "mutable", train={"steps": 1, "save_every": 1})
+    assert main(["train", str(config)]) == 0
+    bundle_at(place / "mutable", ("ar", "nar"), "bos_first", seed=1)
+    capsys.readouterr()
+    assert main(["train", str(config), "train.steps=2"]) == 4
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "`bundle_sha256` was " in error and "`bundle, task` must give the data" in error
+    bundle_at(place / "mutable", ("ar", "nar"), "bos_first")
+    assert main(["train", str(config), "train.steps=2"]) == 0
+
+
+def test_long_sources_are_cut_to_what_the_bundle_was_trained_on(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [" ".join(WORDS * 2), " ".join([*reversed(WORDS)] * 2), "alpha beta"]
+    tokenizer = load_bundle(place / "janus").tokenizer
+    lengths = [len(tokens) for tokens in tokenizer.encode_batch(words)]
+    assert min(lengths[:2]) > 22 > lengths[2]
+    shortened = [tokenizer.decode(tokenizer.encode(text)[:22]) for text in words]
+    made = []
+    for name, texts in (("long", words), ("short", shortened)):
+        (place / name).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        command = ["generate", str(place / "janus"), "--mode", "nar", "--input", str(place / name), "--output", "-"]
+        assert main([*command, "--max-length", "12"]) == 0
+        made.append(capsys.readouterr())
+    assert made[0].out == made[1].out
+    assert "2 sources cut to 24 tokens" in made[0].err and "cut" not in made[1].err
+
+
+def test_nar_is_not_tuned_without_its_length_predictor(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_at(place, "lengthless-nar", "nar", runner={"name": "nar", "length_weight": 0.0})
+    assert main(["train", str(config)]) == 3
+    assert "`length_weight` must be greater than 0" in capsys.readouterr().err

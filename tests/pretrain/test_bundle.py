@@ -2,18 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.bundle import load_bundle, write_bundle
+from pretrain.bundle import content_sha256, load_bundle, write_bundle
 from pretrain.bundle_config import Description, from_bart, to_bart
 from pretrain.config import ModelConfig
 from pretrain.data.tokenizer import train_bpe
 from pretrain.errors import CheckpointError
 from pretrain.models import EncoderDecoder, SpecialIds
 from pretrain.models.patterns import ArLayout
+from pretrain.seal import seal_folder
 
 TOKENIZER = train_bpe(["a tiny text for a tiny tokenizer, of a few words"], 280)
 IDS = SpecialIds(TOKENIZER.bos, TOKENIZER.pad, TOKENIZER.eos, TOKENIZER.mask, TOKENIZER.unk)
@@ -59,8 +61,8 @@ def test_round_trip(layout, shape, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(read.model.state_dict()[name], value), name
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
-        "config.json", "generation_config.json", "golden.safetensors", "model.safetensors", "provenance.json",
-        "tokenizer.json",
+        "config.json", "generation_config.json", "golden.safetensors", "manifest.json", "model.safetensors",
+        "provenance.json", "tokenizer.json",
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["b"], "nothing is left beside it"
 
@@ -112,7 +114,7 @@ DAMAGE = {
     "another model type": (lambda b: edit(b, model_type="t5"), "`model_type` is 't5'"),
     "no section of ours": (lambda b: edit(b, parlance=None), "must describe a Parlance bundle"),
     "another architecture": (lambda b: edit(b, parlance__architecture="Mamba"), "architecture"),
-    "a newer format": (lambda b: edit(b, parlance__format=2), "format"),
+    "a newer format": (lambda b: edit(b, parlance__format=3), "format"),
     "another width": (lambda b: edit(b, d_model=16), "must be (280, 16), is (280, 8)"),
     "more layers": (lambda b: edit(b, decoder_layers=3), "it lacks `decoder.layers.2"),
     "fewer layers": (lambda b: edit(b, decoder_layers=1), "the model has no `decoder.layers.1"),
@@ -120,6 +122,8 @@ DAMAGE = {
     "other heads": (lambda b: edit(b, decoder_attention_heads=4, encoder_attention_heads=4), "differs by"),
     "another activation": (lambda b: edit(b, activation_function="relu"), "differs by"),
     "another layout": (lambda b: edit(b, parlance__ar_query_position_offset=0), "differs by"),
+    "a source beyond the positions": (lambda b: edit(b, parlance__max_source=33), "`max_source` must be"),
+    "nothing about its length predictor": (lambda b: edit(b, parlance__length_trained=None), "length_trained"),
     "a weight that changed": (lambda b: tensors(b, spoil), "differs by"),
     "a tensor that is missing": (lambda b: tensors(b, lambda v: v.pop("shared.weight")), "it lacks `shared.weight`"),
     "no weights": (lambda b: (b / "model.safetensors").unlink(), "lacks model.safetensors"),
@@ -134,11 +138,30 @@ DAMAGE = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_bundle_that_is_not_what_it_says_is_refused_in_one_line(what, bundle):
+    """Sealed anew after the damage: what it holds is refused, not only that it changed."""
     damage, message = DAMAGE[what]
     damage(bundle)
+    seal_folder(bundle, step=0)
     with pytest.raises(CheckpointError) as refused:
         load_bundle(bundle)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_lowest_bit_of_a_weight_is_noticed(bundle):
+    """The golden logits alone would not: they change by less than another machine's sums do."""
+    content = bytearray((bundle / "model.safetensors").read_bytes())
+    content[-4] ^= 1
+    (bundle / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is not as it was written: model.safetensors: sha256 must be"):
+        load_bundle(bundle)
+    seal_folder(bundle, step=0)
+    load_bundle(bundle)
+
+
+def test_a_bundle_without_a_seal_is_refused(bundle):
+    (bundle / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is not as it was written: manifest.json is missing"):
+        load_bundle(bundle)
 
 
 def test_a_folder_that_is_no_bundle_is_not_overwritten(tmp_path, bundle):
@@ -163,8 +186,24 @@ def test_a_killed_write_leaves_the_old_bundle(bundle, monkeypatch):
 
 
 def test_description_survives_config_json():
-    description = describe("eos_first", norm="pre", length_classes=77)
+    description = replace(describe("eos_first", norm="pre", length_classes=77), max_source=20, length_trained=True)
     assert from_bart(json.loads(json.dumps(to_bart(description))), where="x") == description
+
+
+def test_the_longest_source_is_the_trained_one_or_all_positions():
+    assert describe().longest_source == 32
+    assert replace(describe(), max_source=20).longest_source == 20
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "golden.safetensors"])
+def test_content_hash_notices_every_change(file, bundle, tmp_path):
+    before = content_sha256(bundle)
+    shutil.copytree(bundle, tmp_path / "copy")
+    (tmp_path / "copy" / "provenance.json").write_text("{}")
+    assert content_sha256(tmp_path / "copy") == before
+    with (tmp_path / "copy" / file).open("ab") as content:
+        content.write(b" ")
+    assert content_sha256(tmp_path / "copy") != before
 
 
 def test_verify_can_be_left_out(bundle, tmp_path):

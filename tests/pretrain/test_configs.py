@@ -39,6 +39,21 @@ def test_quickstart_is_about_8_million_parameters():
     assert 7.5e6 < sum(p.numel() for p in model.parameters()) < 9e6
 
 
+def test_base_configs_have_the_papers_setting_and_differ_in_their_objective_alone():
+    """JANUS, sections 3.3 and 4.2."""
+    runs = {kind: load(RunConfig, CONFIGS / "pretrain" / f"{kind}_base.yaml") for kind in ("janus", "denoise", "cmlm")}
+    janus = runs["janus"]
+    assert (janus.optim.lr, janus.batch.samples, janus.train.epochs) == (1e-4, 1024, 2.0)
+    objective = objectives.build(janus.objective, IDS, None, 256)
+    corruption = objective.options.corruption
+    assert (corruption.encoder_ratio, corruption.decoder_ratio, objective.layout.layout) == (0.3, 0.5, "eos_first")
+    for kind, control in runs.items():
+        assert control.objective["name"] == kind
+        for section in ("init_from", "data", "model", "optim", "engine", "train", "seed"):
+            assert getattr(control, section) == getattr(janus, section), f"{kind}: {section}"
+        assert control.batch.samples == janus.batch.samples
+
+
 def test_every_yaml_is_read_by_a_test():
     known = {"pretrain", "model", "finetune", "cluster"}
     for path in CONFIGS.rglob("*.y*ml"):
