@@ -5,13 +5,16 @@ forked worker may share the descriptors of its parent; a pickled dataset is only
 """
 
 import collections
+import errno
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from pretrain.data.files import read_at
 from pretrain.data.manifest import (
     N_SENTENCES,
     N_TOKENS,
@@ -29,6 +32,9 @@ from pretrain.data.manifest import (
 from pretrain.errors import DataError
 
 OPEN_SHARDS = 256
+# What a network file system or a mounted object store says when it may have recovered a moment later.
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ENOTCONN, errno.EREMOTEIO}
+RETRY_SECONDS = (0.1, 1.0, 5.0)
 Split = Literal["train", "valid"]
 
 
@@ -36,7 +42,7 @@ class ShardDataset:
     """Samples of a folder that `prepare` finished.
 
     lengths: int32 [n] tokens of each sample. tokenizer: the one the shards were written with. manifest: what the
-    folder says of itself. skipped: samples of bad shards, in no split.
+    folder says of itself. skipped: samples of bad shards, in no split. skipped_shards: names of those.
     """
 
     def __init__(self, path: str | Path, on_bad_shard: Literal["stop", "skip"] = "stop") -> None:
@@ -54,6 +60,7 @@ class ShardDataset:
         self._descriptors: collections.OrderedDict[int, int] = collections.OrderedDict()
         self.lengths = self._index[:, N_TOKENS].astype(np.int32)
         bad = self._bad_shards()
+        self.skipped_shards = [self.manifest.shards[number].file for number in bad]
         readable = ~np.isin(self._index[:, SHARD], bad)
         self.skipped = int((~readable).sum())
         self._splits = {
@@ -112,10 +119,17 @@ class ShardDataset:
         return self.path / self.manifest.shards[shard].file
 
     def _read(self, shard: int, offset: int, count: int) -> bytes:
-        try:
-            raw = os.pread(self._descriptor(shard), count, offset)
-        except OSError as error:
-            raise DataError(f"shard `{self._file(shard)}` cannot be read: {error.strerror}") from None
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                raw = read_at(self._descriptor(shard), count, offset)
+                break
+            except OSError as error:
+                if pause is None or error.errno not in TRANSIENT:
+                    raise DataError(f"shard `{self._file(shard)}` cannot be read: {error.strerror}") from None
+                # A handle that has gone stale stays so: open the file anew.
+                if (descriptor := self._descriptors.pop(shard, None)) is not None:
+                    os.close(descriptor)
+                time.sleep(pause)
         if len(raw) != count:
             raise DataError(f"shard `{self._file(shard)}` ends too early: {count} bytes at {offset}, got {len(raw)}")
         return raw

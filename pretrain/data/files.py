@@ -1,16 +1,15 @@
 """Files that either exist whole or not at all, and the one array format that shards and index share."""
 
-import errno
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 
-from pretrain.errors import DiskError, ParlanceError
+from pretrain.errors import DISK_ERRNOS, DiskError, ParlanceError
 
 NPY_HEADER_BYTES = 128
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -29,14 +28,25 @@ def write_atomic(path: Path, content: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
+        with contextlib.suppress(OSError):  # a full disk is not made fuller by what could not be finished
+            temporary.unlink(missing_ok=True)
         raise as_disk_error(error, path) from None
 
 
 def as_disk_error(error: OSError, path: Path) -> ParlanceError | OSError:
     """The error to raise for a failed write: `DiskError` when the disk itself is the reason."""
-    if error.errno in DISK_ERRORS:
+    if error.errno in DISK_ERRNOS:
         return DiskError(f"cannot write `{path}`: {os.strerror(error.errno)}; free space and run the command again")
     return error
+
+
+def read_at(descriptor: int, count: int, offset: int) -> bytes:
+    """`count` bytes at `offset`, fewer only where the file ends: a mounted object store may answer in pieces."""
+    pieces: list[bytes] = []
+    while count and (piece := os.pread(descriptor, count, offset)):
+        pieces.append(piece)
+        count, offset = count - len(piece), offset + len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def sha256_of(path: Path) -> str:

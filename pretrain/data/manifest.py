@@ -4,6 +4,7 @@ The manifest is written last; a folder without one is unfinished. `Plan` is what
 what came out. `index.npy` is int64 [samples, 6] with the columns named here.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +18,7 @@ from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from pretrain.errors import DataError
 
 MANIFEST_FILE, INDEX_FILE = "manifest.json", "index.npy"
-FORMAT = 1
+FORMAT = 2
 SectionT = TypeVar("SectionT", bound=Section)
 SHARD, TOKENS_AT, N_TOKENS, SENTENCES_AT, N_SENTENCES, SPLIT = range(6)
 COLUMNS = 6
@@ -44,7 +45,7 @@ class Plan(Section):
 
 
 class SourceEntry(Section):
-    """Counts of one source; `tokens` are without BOS and EOS."""
+    """Counts of one source; `tokens` are without BOS and EOS. skipped: documents left out, by reason."""
 
     name: str
     licence: str
@@ -53,6 +54,7 @@ class SourceEntry(Section):
     samples: int
     valid_samples: int
     tokens: int
+    skipped: dict[str, int]
 
 
 class ShardEntry(Section):
@@ -85,15 +87,32 @@ def to_json(section: Section) -> bytes:
     return (json.dumps(section.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The one text of a manifest; it ends with the sha256 of the rest, so that no flipped bit goes unseen."""
+    digest = hashlib.sha256(to_json(manifest)).hexdigest()
+    values = {**manifest.model_dump(mode="json"), "sha256": digest}
+    return (json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads `folder`/manifest.json; raises `DataError` when absent, broken or of another format."""
+    """Reads `folder`/manifest.json; raises `DataError` when absent, damaged or of another format."""
     file = Path(folder) / MANIFEST_FILE
     try:
         text = file.read_bytes()
     except OSError:
         state = "it holds no manifest.json" if Path(folder).is_dir() else "there is no such folder"
         raise DataError(f"data folder `{folder}` must come from a finished `prepare`: {state}") from None
-    return parse_section(Manifest, text, str(file))
+    try:
+        values = json.loads(text)
+        made_by, _ = values["plan"]["format"], values.pop("sha256", None)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError(f"`{file}` is broken: it must be the JSON that `prepare` wrote") from None
+    if made_by != FORMAT:
+        raise DataError(f"`{file}`: `format` must be {FORMAT}, is {made_by!r:.40}: prepare the folder again")
+    manifest = parse_section(Manifest, json.dumps(values).encode(), str(file))
+    if manifest_bytes(manifest) != text:
+        raise DataError(f"`{file}` is damaged: it does not match its own sha256")
+    return manifest
 
 
 def parse_section(kind: type[SectionT], text: bytes, where: str) -> SectionT:
@@ -122,8 +141,10 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
 
 def read_tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer:
     """The tokenizer the shards were written with; raises `DataError` if the file is another one."""
-    tokenizer = TextTokenizer.from_path(folder / TOKENIZER_FILE)
-    if tokenizer.sha256 != manifest.tokenizer_sha256:
+    file = folder / TOKENIZER_FILE
+    tokenizer = TextTokenizer.from_path(file)
+    # The file itself, not only what it means: `prepare` wrote the canonical text.
+    if tokenizer.sha256 != manifest.tokenizer_sha256 or sha256_of(file) != tokenizer.sha256:
         raise DataError(
             f"`{folder / TOKENIZER_FILE}` must be the tokenizer of the manifest ({manifest.tokenizer_sha256[:12]}), "
             f"it is {tokenizer.sha256[:12]}"
@@ -146,16 +167,23 @@ def shard_problem(folder: Path, shard: ShardEntry, checksum: bool) -> str | None
 
 
 def verify_folder(folder: str | Path) -> list[str]:
-    """Every problem of a data folder, reading all of it; empty when it is sound."""
+    """Every problem of a data folder, reading all of it; empty when it is sound.
+
+    The hashes cover all bits: a shard holds what the index says because both were written, and hashed, together.
+    """
     root = Path(folder)
     try:
         manifest = read_manifest(root)
     except DataError as error:
         return [str(error)]
+    known = {MANIFEST_FILE, INDEX_FILE, TOKENIZER_FILE, *(shard.file for shard in manifest.shards)}
     problems = [problem for shard in manifest.shards if (problem := shard_problem(root, shard, checksum=True))]
     for check in (read_index, read_tokenizer):
         try:
             check(root, manifest)
         except DataError as error:
             problems.append(str(error))
-    return problems
+    return [
+        *problems,
+        *(f"`{path}` is not in the manifest" for path in sorted(root.iterdir()) if path.name not in known),
+    ]

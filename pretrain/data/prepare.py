@@ -9,7 +9,9 @@ import fcntl
 import hashlib
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from pretrain.data.manifest import (
     Manifest,
     Plan,
     SourceEntry,
+    manifest_bytes,
     parse_section,
     read_manifest,
     shard_problem,
@@ -32,7 +35,7 @@ from pretrain.data.manifest import (
 )
 from pretrain.data.meter import Meter
 from pretrain.data.shard_pool import write_shards
-from pretrain.data.shards import PARTS_FOLDER, ShardRecord, check_max_length, record_path, token_dtype
+from pretrain.data.shards import MIN_TOKENS, PARTS_FOLDER, ShardRecord, check_max_length, record_path, token_dtype
 from pretrain.data.sources import Source, parse_sources
 from pretrain.data.text import clean, sentences
 from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer, check_vocab_size, train_bpe
@@ -40,6 +43,7 @@ from pretrain.errors import DataError
 
 SHARD_BYTES = 16 << 20
 TOKENIZER_TRAINING_BYTES = 256 << 20
+TOO_SHORT = f"shorter than {MIN_TOKENS} tokens"
 PLAN_FILE, LOCK_FILE = "plan.json", "lock"
 
 
@@ -58,7 +62,7 @@ def prepare(
 
     Args:
         out: a new or empty folder, or one that an earlier run with the same arguments left.
-        sources: `stdlib-docs`, `NAME=text:GLOB`, `NAME=text-file:GLOB`.
+        sources: `[NAME=]KIND[:ARGUMENT]`, see `pretrain.data.sources`.
         tokenizer: a tokenizer.json, a folder with one or the id of a Hugging Face repository with one; or
         train_vocab: size of a byte-level BPE to train on the sources. Exactly one of the two.
         workers: processes that write shards; 1 works in this process.
@@ -77,10 +81,10 @@ def prepare(
     _check_range("valid_permille", valid_permille, 0, 999)
     _check_range("shard_bytes", shard_bytes, 1, 1 << 30)
     check_max_length(max_length)
-    parsed = parse_sources(sources)
+    parsed = [source.pinned() for source in parse_sources(sources)]
     given = TextTokenizer.from_path_or_hub(tokenizer) if tokenizer is not None else None
     plan = Plan(
-        sources=tuple(sources),
+        sources=tuple(source.spec for source in parsed),
         tokenizer_sha256=given.sha256 if given else None,
         train_vocab=train_vocab,
         max_length=max_length,
@@ -100,9 +104,13 @@ def prepare(
         return finished
     with _locked(folder):
         text_tokenizer = _settle_tokenizer(folder, parsed, given, train_vocab)
-        files = write_shards(folder, parsed, text_tokenizer, plan, workers)
-        manifest = _finish(folder, parsed, text_tokenizer, plan, files)
+        files, skipped = write_shards(folder, parsed, text_tokenizer, plan, workers)
+        manifest = _finish(folder, parsed, text_tokenizer, plan, files, skipped)
     shutil.rmtree(folder / PARTS_FOLDER)
+    for source in manifest.sources:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in source.skipped.items())
+        if reasons:
+            print(f"source {source.name}: left out {reasons}", file=sys.stderr, flush=True)
     return manifest
 
 
@@ -191,7 +199,12 @@ def _training_texts(sources: Sequence[Source]) -> Iterator[str]:
 
 
 def _finish(
-    folder: Path, sources: Sequence[Source], tokenizer: TextTokenizer, plan: Plan, files: Sequence[str]
+    folder: Path,
+    sources: Sequence[Source],
+    tokenizer: TextTokenizer,
+    plan: Plan,
+    files: Sequence[str],
+    skipped: Mapping[str, Counter[str]],
 ) -> Manifest:
     """Joins the records into index and manifest."""
     records = [
@@ -203,7 +216,7 @@ def _finish(
         + [_index_rows(number, record) for number, record in enumerate(records) if record.rows]
     )
     index_bytes = npy_bytes(index)
-    entries = tuple(_source_entry(source, records, plan.licence) for source in sources)
+    entries = tuple(_source_entry(source, records, plan.licence, skipped[source.name]) for source in sources)
     empty = [entry.name for entry in entries if not entry.samples]
     if empty:
         raise DataError(f"source `{empty[0]}` must hold text, its documents give no sample at all")
@@ -219,7 +232,7 @@ def _finish(
         shards=tuple(record.entry for record in records),
     )
     write_atomic(folder / INDEX_FILE, index_bytes)
-    write_atomic(folder / MANIFEST_FILE, to_json(manifest))
+    write_atomic(folder / MANIFEST_FILE, manifest_bytes(manifest))
     return manifest
 
 
@@ -229,8 +242,12 @@ def _index_rows(number: int, record: ShardRecord) -> np.ndarray:
     return np.concatenate([np.full((len(rows), 1), number, np.int64), rows], axis=1)
 
 
-def _source_entry(source: Source, records: Sequence[ShardRecord], licence: str) -> SourceEntry:
+def _source_entry(
+    source: Source, records: Sequence[ShardRecord], licence: str, skipped: Mapping[str, int]
+) -> SourceEntry:
     mine = [record for record in records if record.entry.source == source.name]
+    too_short = sum(record.too_short for record in mine)
+    left_out = {**skipped, **({TOO_SHORT: too_short} if too_short else {})}
     return SourceEntry(
         name=source.name,
         licence=source.licence or licence,
@@ -239,4 +256,5 @@ def _source_entry(source: Source, records: Sequence[ShardRecord], licence: str) 
         samples=sum(record.entry.samples for record in mine),
         valid_samples=sum(row[SPLIT - 1] == VALID for record in mine for row in record.rows),
         tokens=sum(record.tokens for record in mine),
+        skipped=dict(sorted(left_out.items())),
     )

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,26 +26,31 @@ _tokenizer_of_process: TextTokenizer | None = None
 
 def write_shards(
     folder: Path, sources: Sequence[Source], tokenizer: TextTokenizer, plan: Plan, workers: int
-) -> list[str]:
-    """Makes every shard that has no record yet; returns the names of all, in order."""
+) -> tuple[list[str], dict[str, Counter[str]]]:
+    """Makes every shard that has no record yet.
+
+    Returns:
+        the names of all shards, in order, and {source name: how many of its documents were left out, by reason}.
+    """
     files: list[str] = []
+    skipped = {source.name: Counter[str]() for source in sources}
     total = sum(source.text_bytes() for source in sources)
     with Meter("writing shards", total) as meter, _pool(folder, tokenizer, plan, workers) as submit:
         for source in sources:
-            for unit in units(source, plan.shard_bytes):
+            for unit in units(source, plan.shard_bytes, skipped[source.name]):
                 files.append(unit.file)
                 if not _recorded(folder, unit):
                     submit(unit)
                 meter.add(unit.text_bytes)
-    return files
+    return files, skipped
 
 
-def units(source: Source, shard_bytes: int) -> Iterator[Unit]:
-    """Cuts the documents of `source` into units that end once they reach `shard_bytes`."""
+def units(source: Source, shard_bytes: int, skipped: Counter[str] | None = None) -> Iterator[Unit]:
+    """Cuts the documents of `source` into units that end once they reach `shard_bytes`; counts those left out."""
     documents: list[str] = []
     number, size = 0, 0
     digest = hashlib.sha256()
-    for document in source.documents():
+    for document in source.documents(skipped):
         encoded = document.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
         documents.append(document)

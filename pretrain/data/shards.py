@@ -45,13 +45,15 @@ class Unit:
 class ShardRecord(Section):
     """What is known of a finished shard.
 
-    rows: (tokens offset, n tokens, sentences offset, n sentences, split) of each sample.
+    rows: (tokens offset, n tokens, sentences offset, n sentences, split) of each sample. too_short: documents that gave
+    no sample.
     """
 
     entry: ShardEntry
     digest: str
     words: int
     tokens: int
+    too_short: int
     rows: tuple[tuple[int, int, int, int, int], ...]
 
 
@@ -70,18 +72,20 @@ def write_shard(folder: Path, unit: Unit, tokenizer: TextTokenizer, max_length: 
     dtype = token_dtype(tokenizer.vocab_size)
     content = io.BytesIO()
     rows: list[tuple[int, int, int, int, int]] = []
-    words = 0
+    words = too_short = 0
     with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for document in unit.documents:
             parts = list(sentences(clean(document)))
             text = " ".join(parts)
             words += text.count(" ") + 1 if parts else 0
             split = split_of(text, valid_permille)
+            before = len(rows)
             for tokens, starts in pack(encode_sentences(parts, tokenizer), max_length - 2, tokenizer.word_starts):
                 key = f"{unit.source}-{unit.number:06d}-{len(rows):08d}"
                 tokens_at = _add(tar, f"{key}.tokens.npy", npy_bytes(tokens.astype(dtype)))
                 sentences_at = _add(tar, f"{key}.sentences.npy", npy_bytes(starts.astype(np.int32)))
                 rows.append((tokens_at, len(tokens), sentences_at, len(starts), split))
+            too_short += len(rows) == before
     body = content.getvalue()
     write_atomic(folder / unit.file, body)
     entry = ShardEntry(
@@ -93,7 +97,9 @@ def write_shard(folder: Path, unit: Unit, tokenizer: TextTokenizer, max_length: 
         samples=len(rows),
     )
     n_tokens = sum(row[1] for row in rows)
-    record = ShardRecord(entry=entry, digest=unit.digest, words=words, tokens=n_tokens, rows=tuple(rows))
+    record = ShardRecord(
+        entry=entry, digest=unit.digest, words=words, tokens=n_tokens, too_short=too_short, rows=tuple(rows)
+    )
     write_atomic(record_path(folder, unit.file), record.model_dump_json().encode())
 
 

@@ -1,37 +1,39 @@
 """Where documents come from: `[NAME=]KIND[:ARGUMENT]` names a reader in `KINDS`.
 
-A new kind is one function (argument -> documents), one that estimates its size, and one registry line.
+A new kind is one function (argument, skip -> documents), one that estimates its size, and one registry line.
 """
 
 import difflib
-import glob
-import gzip
 import re
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
+from pretrain.config import read_yaml
+from pretrain.data import hub, record_files, tar_files, text_files
 from pretrain.data.stdlib_docs import stdlib_docstrings, stdlib_topics
-from pretrain.errors import DataError
+from pretrain.data.text_files import Skip
+from pretrain.errors import ConfigError, DataError
 
-# A longer document is read as several; it bounds memory when a file has no blank line or no line break at all.
-MAX_DOCUMENT_CHARACTERS = 1 << 24
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
 class SourceKind:
-    """A reader. read: documents in a fixed order; size: about how many bytes of text, for the ETA.
+    """A reader. read: documents in a fixed order, telling `skip` the reason for each that is left out.
 
-    licence: of the documents, empty where only the user can know.
+    size: about how many bytes of text, for the ETA; 0 where nobody knows. argument: what follows the colon, for
+    messages, empty where nothing may. licence: of the documents, empty where only the user can know. name: the name of
+    a source that is given none, from its argument. pin: settles what the argument leaves open.
     """
 
-    read: Callable[[str], Iterator[str]]
+    read: Callable[[str, Skip], Iterator[str]]
     size: Callable[[str], int]
+    argument: str = "GLOB"
     licence: str = ""
-    needs_argument: bool = True
+    name: Callable[[str], str] | None = None
+    pin: Callable[[str], str] = lambda argument: argument
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,27 @@ class Source:
     kind: str
     argument: str
 
-    def documents(self) -> Iterator[str]:
-        """Documents as they stand in the source, not yet cleaned; raises `DataError` naming a bad file."""
-        return KINDS[self.kind].read(self.argument)
+    def documents(self, skipped: Counter[str] | None = None) -> Iterator[str]:
+        """Documents as they stand in the source, not yet cleaned; raises `DataError` naming a bad file.
+
+        skipped: counts what is left out, by reason.
+        """
+        counted = Counter[str]() if skipped is None else skipped
+        return KINDS[self.kind].read(self.argument, lambda reason: counted.update([reason]))
 
     def text_bytes(self) -> int:
         """About how many bytes `documents` will yield."""
         return KINDS[self.kind].size(self.argument)
+
+    def pinned(self) -> "Source":
+        """This source with everything settled that could change between two readings."""
+        return Source(self.name, self.kind, KINDS[self.kind].pin(self.argument))
+
+    @property
+    def spec(self) -> str:
+        """The `--source` that gives this source."""
+        named = self.kind if self.name == self.kind else f"{self.name}={self.kind}"
+        return f"{named}:{self.argument}" if self.argument else named
 
     @property
     def licence(self) -> str:
@@ -57,21 +73,25 @@ class Source:
 
 
 def parse_source(spec: str) -> Source:
-    """Reads `stdlib-docs`, `NAME=text:GLOB` or `NAME=text-file:GLOB`; raises `DataError` quoting `spec`."""
+    """Reads `[NAME=]KIND[:ARGUMENT]`; raises `DataError` quoting `spec`."""
     head, colon, argument = spec.partition(":")
-    name, equals, kind = head.partition("=")
-    kind = kind if equals else name
-    if kind not in KINDS:
-        near = difflib.get_close_matches(kind, list(KINDS), n=1, cutoff=0.4)
+    name, equals, kind_name = head.partition("=")
+    kind_name = kind_name if equals else name
+    if kind_name not in KINDS:
+        near = difflib.get_close_matches(kind_name, list(KINDS), n=1, cutoff=0.4)
         hint = f"did you mean `{near[0]}`?" if near else f"kinds: {', '.join(KINDS)}"
-        raise DataError(f"source `{spec}`: unknown kind `{kind}`; {hint}")
-    if KINDS[kind].needs_argument and not (equals and argument):
-        raise DataError(f"source `{spec}` must look like NAME={kind}:GLOB")
-    if not KINDS[kind].needs_argument and colon:
-        raise DataError(f"source `{spec}`: `{kind}` takes no `:{argument}`")
+        raise DataError(f"source `{spec}`: unknown kind `{kind_name}`; {hint}")
+    kind = KINDS[kind_name]
+    if kind.argument and not (argument and (equals or kind.name)):
+        wanted = "" if kind.name else "NAME="
+        raise DataError(f"source `{spec}` must look like {wanted}{kind_name}:{kind.argument}")
+    if not kind.argument and colon:
+        raise DataError(f"source `{spec}`: `{kind_name}` takes no `:{argument}`")
+    if kind.name and not equals:
+        name = kind.name(argument)
     if not NAME.fullmatch(name):
         raise DataError(f"source `{spec}`: the name must be 1 to 64 letters, digits, `_` or `-`, got `{name}`")
-    return Source(name, kind, argument)
+    return Source(name, kind_name, argument)
 
 
 def parse_sources(specs: Sequence[str]) -> list[Source]:
@@ -86,7 +106,20 @@ def parse_sources(specs: Sequence[str]) -> list[Source]:
     return sources
 
 
-def _stdlib_documents(_: str) -> Iterator[str]:
+def read_specs(path: str | Path) -> list[str]:
+    """The specs in a YAML file of `NAME: KIND[:ARGUMENT]` lines.
+
+    Raises:
+        ConfigError: the file cannot be read or says something else.
+    """
+    values = read_yaml(path)
+    for name, rest in values.items():
+        if not isinstance(name, str) or not isinstance(rest, str):
+            raise ConfigError(f"`{path}` must have lines `NAME: KIND:WHERE`, got {name!r:.60}: {rest!r:.60}")
+    return [f"{name}={rest}" for name, rest in values.items()]
+
+
+def _stdlib_documents(_: str, skip: Skip) -> Iterator[str]:
     for _, text in stdlib_docstrings():
         yield text
     for _, text in stdlib_topics():
@@ -94,80 +127,21 @@ def _stdlib_documents(_: str) -> Iterator[str]:
 
 
 def _stdlib_size(_: str) -> int:
-    return sum(len(text) for text in _stdlib_documents(""))
+    return sum(len(text) for text in _stdlib_documents("", lambda reason: None))
 
 
-def _files(pattern: str) -> list[Path]:
-    # Path.glob refuses absolute patterns, and users give those.
-    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207
-    files = sorted(Path(name) for name in found if Path(name).is_file())
-    if not files:
-        raise DataError(f"source pattern `{pattern}` must match at least one file, it matches none")
-    return files
-
-
-def _open(file: Path) -> TextIO:
-    # Bytes that are no UTF-8 become U+FFFD: one bad byte in a corpus must not stop a day of work.
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8", errors="replace")
-    return file.open(encoding="utf-8", errors="replace")
-
-
-def _pieces(file: Path, read: Callable[[TextIO], Iterator[str]]) -> Iterator[str]:
-    try:
-        with _open(file) as text:
-            yield from read(text)
-    except (OSError, EOFError, zlib.error) as error:  # gzip reports damage as any of them
-        raise DataError(f"`{file}` cannot be read: {error}") from None
-
-
-def _blocks(text: TextIO) -> Iterator[str]:
-    """Documents separated by blank lines."""
-    lines: list[str] = []
-    length = 0
-    while line := text.readline(MAX_DOCUMENT_CHARACTERS):
-        if line.isspace() or length + len(line) > MAX_DOCUMENT_CHARACTERS:
-            if lines:
-                yield "".join(lines)
-            lines, length = [], 0
-        if not line.isspace():
-            lines.append(line)
-            length += len(line)
-    if lines:
-        yield "".join(lines)
-
-
-def _whole(text: TextIO) -> Iterator[str]:
-    """One document, in pieces only when it is enormous."""
-    while piece := text.read(MAX_DOCUMENT_CHARACTERS):
-        yield piece
-
-
-def _text_blocks(pattern: str) -> Iterator[str]:
-    for file in _files(pattern):
-        yield from _pieces(file, _blocks)
-
-
-def _text_files(pattern: str) -> Iterator[str]:
-    for file in _files(pattern):
-        yield from _pieces(file, _whole)
-
-
-def _text_size(pattern: str) -> int:
-    total = 0
-    for file in _files(pattern):
-        size = file.stat().st_size
-        if file.suffix == ".gz" and size > 4:
-            with file.open("rb") as raw:
-                raw.seek(-4, 2)
-                # A gzip file ends with its uncompressed size modulo 2**32.
-                size = max(size, int.from_bytes(raw.read(4), "little"))
-        total += size
-    return total
+def _record_size(argument: str) -> int:
+    return text_files.size(record_files.split_field(argument)[0])
 
 
 KINDS: dict[str, SourceKind] = {
-    "stdlib-docs": SourceKind(_stdlib_documents, _stdlib_size, "Python Software Foundation License", False),
-    "text": SourceKind(_text_blocks, _text_size),
-    "text-file": SourceKind(_text_files, _text_size),
+    "stdlib-docs": SourceKind(_stdlib_documents, _stdlib_size, "", "Python Software Foundation License"),
+    "text": SourceKind(text_files.blocks, text_files.size),
+    "text-file": SourceKind(text_files.whole_files, text_files.size),
+    "jsonl": SourceKind(record_files.json_lines, _record_size, "GLOB[#FIELD]"),
+    "parquet": SourceKind(record_files.parquet, _record_size, "GLOB[#FIELD]"),
+    "webdataset": SourceKind(tar_files.webdataset, tar_files.tar_size, "GLOB[#FIELD]"),
+    "hf": SourceKind(
+        hub.stream, lambda argument: 0, "ID[/CONFIG][@REVISION][#FIELD]", name=hub.default_name, pin=hub.pin
+    ),
 }

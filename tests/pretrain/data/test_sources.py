@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import sources as module
+from pretrain.data import text_files as module
 from pretrain.data.sources import parse_source, parse_sources
 from pretrain.data.stdlib_docs import stdlib_docstrings, stdlib_topics
 from pretrain.errors import DataError
