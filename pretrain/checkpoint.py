@@ -2,22 +2,22 @@
 
     state.json, state-rank{r}.safetensors    the engine (engine/state.py)
     rng-rank{r}.safetensors                  the generators of each rank
-    progress.json                            {"format", "step", "ranks", "progress": what the loop wants back}
+    progress.json                            {"format", "step", "ranks", "progress": what the run wants back}
 
-Every function here is collective. Rank 0 alone renames and deletes; an error on any rank is raised on all of them.
+Every function but `read_progress` is collective. Rank 0 alone renames and deletes; an error on any rank is raised on
+all of them.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from pretrain import distributed, rng
 from pretrain.commit import Store, disk_errors
 from pretrain.distributed import World
 from pretrain.engine import Engine, state
 from pretrain.errors import CheckpointError, ParlanceError
+from pretrain.seal import Described, read_json
 
 FORMAT = 1
 PROGRESS = "progress.json"
@@ -51,21 +51,26 @@ def save(store: Store, step: int, engine: Engine, world: World, progress: dict[s
     Raises:
         NonFiniteError: a weight or optimizer state is not finite; nothing is committed.
         DiskError: the disk is full, over quota or read-only; earlier commits are intact.
+        CheckpointError: rank 0 does not see a file that another rank wrote.
     """
     staging = Path(distributed.rank_zero(lambda: str(store.begin(step))))
     error: ParlanceError | None = None
+    mine: dict[str, Described] = {}
     try:
         with disk_errors(staging):
-            state.save(engine, staging)
-            rng.save(staging / f"rng-rank{world.rank}.safetensors")
+            names = [*state.save(engine, staging), f"rng-rank{world.rank}.safetensors"]
+            rng.save(staging / names[-1])
             if world.rank == 0:
                 content = {"format": FORMAT, "step": step, "ranks": world.size, "progress": progress}
                 (staging / PROGRESS).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+                names.append(PROGRESS)
+            mine = store.seal(staging, names)
     except ParlanceError as problem:
         error = problem
     try:
         distributed.agree(error)
-        target = Path(distributed.rank_zero(lambda: str(store.commit(staging, step))))
+        files = {name: described for part in distributed.exchange(mine) for name, described in part.items()}
+        target = Path(distributed.rank_zero(lambda: str(store.commit(staging, step, files))))
     except ParlanceError:
         distributed.rank_zero(lambda: store.discard(staging))
         raise
@@ -99,18 +104,31 @@ def load(path: Path, engine: Engine, world: World, seed: int) -> dict[str, Any]:
     error: ParlanceError | None = None
     progress: dict[str, Any] = {}
     try:
-        content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"`{path / PROGRESS}`: `format` must be {FORMAT}, is {content['format']!r}")
+        content = read_progress(path)
         if content["ranks"] == world.size:
             rng.restore(path / f"rng-rank{world.rank}.safetensors")
         else:
             rng.seed(seed, content["step"], world.rank)
-        progress = dict(content["progress"])
+        progress = content["progress"]
     except CheckpointError as problem:
         error = problem
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as problem:
+    except state.UNREADABLE as problem:
         reason = " ".join(str(problem).split())
         error = CheckpointError(f"`{path}` cannot be read: {type(problem).__name__}: {reason}")
     distributed.agree(error)
     return progress
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """progress.json of the commit at `path`: {"step": int, "ranks": int, "progress": {...}, ...}.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another format.
+    """
+    content = read_json(path / PROGRESS)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"`{path / PROGRESS}`: `format` must be {FORMAT}, is {content.get('format')!r:.80}")
+    for key, kind in (("step", int), ("ranks", int), ("progress", dict)):
+        if type(content.get(key)) is not kind:
+            raise CheckpointError(f"`{path / PROGRESS}`: `{key}` must be {kind.__name__}, is {content.get(key)!r:.80}")
+    return content

@@ -6,10 +6,11 @@
     RUN/checkpoints/staging-...     being written
     RUN/checkpoints/trash-...       being deleted
 
-A commit hashes and fsyncs every file, writes the manifest, renames the staging directory into place and then moves
-the pointer. From the manifest on it is durable: `recover` finishes whatever a kill left behind, and deletes the rest.
-Deletion renames first, so that a half-deleted directory is never taken for a commit. The manifest carries its own
-hash, so a flipped bit anywhere in a commit is found.
+Every process fsyncs and hashes the files it wrote; a commit checks that exactly those are there, writes the manifest,
+renames the staging directory into place and then moves the pointer. From the manifest on it is durable: `recover`
+finishes whatever a kill left behind, and deletes the rest. Deletion renames first, so that a half-deleted directory is
+never taken for a commit. The manifest carries its own hash, so a flipped bit anywhere in a commit is found. Links are
+never followed: a run directory may come from anyone.
 """
 
 import contextlib
@@ -20,22 +21,22 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from pretrain.errors import CheckpointError, DiskError
-from pretrain.seal import MANIFEST, Described, describe, manifest_bytes, number, plain_files, verify
+from pretrain.errors import DISK_ERRNOS, CheckpointError, DiskError
+from pretrain.seal import MANIFEST, Described, check_staged, describe, manifest_bytes, number, open_plain, verify
 
 _COMMIT = re.compile(r"step-(\d{8,})")
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 Hook = Callable[[str, Path], None]
+Signature = list[tuple[str, int, int, int]]  # of a directory that was verified: name, size, time, inode of each file
 
 
 class Store:
-    """The commits of one run directory. One process (rank 0) calls the methods; others only write into staging.
+    """The commits of one run directory. One process (rank 0) calls the methods; others write into staging and `seal`.
 
     Args:
         run_dir: folder of the run; created when something is written.
@@ -47,7 +48,7 @@ class Store:
         self.folder = self.run_dir / "checkpoints"
         self._hook = hook
         self._lock: IO[str] | None = None
-        self._verified: set[str] = set()
+        self._verified: dict[str, Signature] = {}
 
     # ---------------------------------------------------------------- writing
 
@@ -62,16 +63,21 @@ class Store:
             self._mkdir(staging)
         return staging
 
-    def commit(self, staging: Path, step: int) -> Path:
-        """Makes the files in `staging` the latest commit; on return they survive a power loss.
+    def seal(self, staging: Path, names: Iterable[str]) -> dict[str, Described]:
+        """Size and hash of files in `staging` that the calling process wrote, after they have reached the disk."""
+        with disk_errors(staging):
+            return {name: self._seal(staging / name) for name in names}
+
+    def commit(self, staging: Path, step: int, files: Mapping[str, Described]) -> Path:
+        """Makes `files`, what every process has sealed, the latest commit; on return it survives a power loss.
 
         Raises:
             DiskError: the disk is full, over quota or read-only; earlier commits are intact.
-            CheckpointError: `staging` holds something other than plain files.
+            CheckpointError: `staging` lacks one of `files`, holds it in another size, or holds anything else.
         """
         with disk_errors(staging):
-            files = {path.name: self._seal(path) for path in plain_files(staging)}
-            self._write(staging / MANIFEST, manifest_bytes(step, files))
+            check_staged(staging, files)
+            self._write(staging / MANIFEST, manifest_bytes(step, dict(files)))
             self._sync(staging)
             return self._publish(staging, step)
 
@@ -99,7 +105,8 @@ class Store:
         """Every directory with the name of a commit, oldest first, verified or not."""
         if not self.folder.is_dir():
             return []
-        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _COMMIT.fullmatch(path.name))]
+        named = [(match, path) for path in self.folder.iterdir() if (match := _COMMIT.fullmatch(path.name))]
+        found = [(int(match[1]), path) for match, path in named if _is_directory(path)]
         return [path for _, path in sorted(found)]
 
     def latest(self) -> Path | None:
@@ -133,7 +140,7 @@ class Store:
             for path in sorted(self.folder.iterdir()):
                 if path.name.startswith("staging-"):
                     done.append(self._finish(path))
-                elif path.name.startswith("trash-") and path.exists():
+                elif path.name.startswith("trash-") and os.path.lexists(path):  # it may be gone with its commit
                     self._delete(path)
                     done.append(f"deleted {path.name}")
             for path in reversed(self.commits()):
@@ -148,7 +155,8 @@ class Store:
     def pointer(self) -> str | None:
         """What RUN/latest names; None where there is no such file."""
         try:
-            return (self.run_dir / "latest").read_text(encoding="utf-8", errors="replace").strip()
+            with open_plain(self.run_dir / "latest") as file:
+                return file.read(200).decode(errors="replace").strip()
         except FileNotFoundError:
             return None
 
@@ -160,23 +168,26 @@ class Store:
         """
         with disk_errors(self.run_dir):
             self._mkdir(self.run_dir)
-            file = (self.run_dir / "lock").open("a+", encoding="utf-8")
+            self._hook("create", self.run_dir / "lock")
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.fdopen(os.open(self.run_dir / "lock", flags, 0o666), "r+", encoding="utf-8", errors="replace")
         try:
             # A POSIX record lock: the kernel drops it when the process dies, on this host and over NFS, and
             # forked data workers do not inherit it. No pid has to be guessed alive.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                file.seek(0)
                 holder = file.read(200).strip() or "another process"
                 file.close()
                 raise CheckpointError(
                     f"`{self.run_dir}` must be used by one job at a time, is in use by {holder}"
                 ) from None
             warnings.warn(f"`{self.run_dir}` is on a file system without locks: never start two jobs", stacklevel=2)
-        file.truncate(0)
-        file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
-        file.flush()
+        with disk_errors(self.run_dir / "lock"):
+            self._hook("write", self.run_dir / "lock")
+            file.truncate(0)
+            file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+            file.flush()
         self._lock = file
 
     def unlock(self) -> None:
@@ -198,11 +209,11 @@ class Store:
 
     def _publish(self, staging: Path, step: int) -> Path:
         target = self.folder / f"step-{step:08d}"
-        if target.exists():  # the same step again, after resuming from an older or damaged commit
+        if os.path.lexists(target):  # the same step again, after resuming from an older or damaged commit
             self._trash(target)
         self._rename(staging, target)
         self._sync(self.folder)
-        self._verified.add(target.name)
+        self._verified[target.name] = _signature(target)
         self._point(target)
         for path in self.folder.glob(f"trash-{target.name}*"):
             self._delete(path)
@@ -215,27 +226,33 @@ class Store:
         self._sync(self.run_dir)
 
     def _good(self, path: Path) -> bool:
-        if path.name not in self._verified and not verify(path):
-            self._verified.add(path.name)
-        return path.name in self._verified and path.is_dir()
+        """Verifies a commit once, and again when one of its files has changed since."""
+        if not _is_directory(path):
+            return False
+        signature = _signature(path)
+        if self._verified.get(path.name) != signature:
+            self._verified.pop(path.name, None)
+            if not verify(path):
+                self._verified[path.name] = signature
+        return path.name in self._verified
 
     def _discard(self, path: Path) -> None:
         self._delete(self._trash(path))
 
     def _trash(self, path: Path) -> Path:
         names = (self.folder / f"trash-{path.name}-{count}" for count in itertools.count())
-        trash = next(name for name in names if not name.exists())
+        trash = next(name for name in names if not os.path.lexists(name))
         self._rename(path, trash)
-        self._verified.discard(path.name)
+        self._verified.pop(path.name, None)
         return trash
 
     def _delete(self, trash: Path) -> None:
+        if not _is_directory(trash):
+            self._hook("unlink", trash)
+            trash.unlink()
+            return
         for path in sorted(trash.iterdir()):
-            if path.is_dir() and not path.is_symlink():
-                self._delete(path)
-            else:
-                self._hook("unlink", path)
-                path.unlink()
+            self._delete(path)
         self._hook("rmdir", trash)
         trash.rmdir()
 
@@ -247,7 +264,8 @@ class Store:
 
     def _write(self, path: Path, content: bytes) -> None:
         self._hook("create", path)
-        with path.open("wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
             for part in (content[: len(content) // 2], content[len(content) // 2 :]):
                 self._hook("write", path)
                 file.write(part)
@@ -280,5 +298,14 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = DiskError if error.errno in _DISK_FULL else CheckpointError
+        kind = DiskError if error.errno in DISK_ERRNOS else CheckpointError
         raise kind(f"`{error.filename or path}` cannot be written: {error.strerror or error}") from error
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _signature(path: Path) -> Signature:
+    found = [(one.name, one.lstat()) for one in sorted(path.iterdir())]
+    return [(name, status.st_size, status.st_mtime_ns, status.st_ino) for name, status in found]

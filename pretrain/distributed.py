@@ -6,9 +6,10 @@ Every function is collective: each rank calls it, in the same order. Without a p
 
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import distributed as dist
 
 from pretrain import errors
 from pretrain.errors import ConfigError, ParlanceError
+
+ErrorT = TypeVar("ErrorT", bound=ParlanceError)
+MadeT = TypeVar("MadeT")
 
 
 @dataclass(frozen=True)
@@ -108,24 +112,61 @@ def broadcast_object(value: Any) -> Any:
     return exchange(value if _rank() == 0 else None)[0]
 
 
+def shared(error: ErrorT) -> ErrorT:
+    """Marks an error that every rank raises, so that rank 0 alone prints it."""
+    error.shared = True
+    return error
+
+
 def agree(error: ParlanceError | None) -> None:
     """Raises the error of the lowest rank that has one, on every rank, so that no rank waits for a dead one."""
-    for found in exchange(None if error is None else [type(error).__name__, str(error)]):
-        if found is not None:
-            kind, message = found
-            raise getattr(errors, kind, ParlanceError)(message)
+    if not any_rank(error is not None):
+        return
+    if error is not None and error.shared:
+        raise error
+    mine = None if error is None else [type(error).__name__, str(error), socket.gethostname()]
+    rank, found = next((rank, found) for rank, found in enumerate(exchange(mine)) if found is not None)
+    kind, message, host = found
+    where = f" (rank {rank} on {host})" if rank else ""
+    raise shared(getattr(errors, kind, ParlanceError)(message + where))
+
+
+def together(make: Callable[[], MadeT]) -> MadeT:
+    """Runs `make` on every rank; a ParlanceError on any of them is raised on all. No collectives inside."""
+    made: Any = None
+    error: ParlanceError | None = None
+    try:
+        made = make()
+    except ParlanceError as problem:
+        error = problem
+    agree(error)
+    result: MadeT = made
+    return result
 
 
 def rank_zero(action: Callable[[], Any]) -> Any:
     """Runs `action` on rank 0 and hands its JSON-able result, or its ParlanceError, to every rank."""
-    result, error = None, None
-    if _rank() == 0:
-        try:
-            result = action()
-        except ParlanceError as problem:
-            error = problem
-    agree(error)
-    return broadcast_object(result)
+    return broadcast_object(together(lambda: action() if _rank() == 0 else None))
+
+
+def check_same(what: str, values: Mapping[str, Any], kind: type[ParlanceError]) -> None:
+    """Raises `kind` on every rank where one has other JSON-able `values` than rank 0, naming key, rank and host."""
+    told = exchange([socket.gethostname(), dict(values)])
+    host_0, values_0 = told[0]
+    for rank, (host, theirs) in enumerate(told):
+        for key in sorted(values_0.keys() | theirs.keys()):
+            if theirs.get(key) != values_0.get(key):
+                raise shared(
+                    kind(
+                        f"{what} must be the same on every rank: `{key}` is {theirs.get(key)!r:.80} on rank {rank} "
+                        f"({host}), {values_0.get(key)!r:.80} on rank 0 ({host_0})"
+                    )
+                )
+
+
+def count_hosts() -> int:
+    """Machines that the ranks run on."""
+    return len(set(exchange(socket.gethostname())))
 
 
 def _rank() -> int:

@@ -5,6 +5,11 @@ Every message is one line that quotes the offending name, says what it must be a
 else is a bug and keeps its traceback.
 """
 
+import errno
+
+# What makes a failed write the fault of the disk: full, over quota, read-only, beyond the size a file may have.
+DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+
 EXIT_DONE = 0
 EXIT_USAGE = 2
 EXIT_CONFIG = 3
@@ -16,9 +21,13 @@ EXIT_REQUEUE = 85
 
 
 class ParlanceError(Exception):
-    """Base of every error with a documented exit code."""
+    """Base of every error with a documented exit code.
+
+    shared: True where every rank raises this error, so that rank 0 alone prints it.
+    """
 
     exit_code = 1
+    shared = False
 
 
 class UsageError(ParlanceError):

@@ -1,29 +1,34 @@
 """One life of a run, of pre-training or of tuning: its folder, what it prints, its periodic work, and how it ends."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
+import numpy as np
 from pydantic import BaseModel
 
-from pretrain import checkpoint, config, distributed, rng, runs
-from pretrain.commit import Store
+from pretrain import checkpoint, config, cosine, cost, distributed, rng, runs
+from pretrain.commit import Store, disk_errors
 from pretrain.config import EngineConfig, OptimConfig, TrainConfig
+from pretrain.cosine import GradientCosine
 from pretrain.data.stream import SampleStream
-from pretrain.distributed import World
+from pretrain.distributed import World, together
 from pretrain.engine import Engine
-from pretrain.errors import CheckpointError, DataError, ParlanceError, Requeue
+from pretrain.errors import CheckpointError, ParlanceError, Requeue
 from pretrain.hooks import Save, Signals, Skips, StopOnSignal, Validation
 from pretrain.loop import Hook, Progress, StepReport, fit
 from pretrain.models import EncoderDecoder
 from pretrain.optim import learning_rate
-from pretrain.progress import Console
+from pretrain.peak import device_peak
+from pretrain.progress import Console, Meter, short
 from pretrain.tensorboard import TensorBoard
 
-MadeT = TypeVar("MadeT")
+Pictures = Callable[[], Mapping[str, np.ndarray]]
+PREVIEWS = 4
 
 
 class Settings(Protocol):
@@ -46,7 +51,7 @@ class Run:
 
     Args:
         settings: a pydantic model with the sections of `Settings`.
-        fingerprint: hash of the training data; a resume on other data is refused.
+        data: hashes of the training data; a resume on other data is refused.
         given_by: the configuration key that chooses the data, for that error.
         stack: closed when the run ends, whatever happens.
     """
@@ -58,15 +63,18 @@ class Run:
         engine: Engine,
         stream: SampleStream,
         store: Store,
-        fingerprint: str,
+        data: Mapping[str, Any],
         given_by: str,
         stack: ExitStack,
     ) -> None:
+        cosine.check(settings.train.cosine_every, settings.engine, engine.module.objective)
         self.settings, self.world, self.engine, self.stream, self.store = settings, world, engine, stream, store
-        self.fingerprint, self.stack, self.folder = fingerprint, stack, settings.run_dir
+        self.data, self.stack, self.folder = data, stack, settings.run_dir
+        self.notes: list[str] = []
         self.progress = self.reached = self._resume(given_by)
         self.events = runs.Events(self.folder)
         self.environment = runs.describe_environment(world, self.model.backend)
+        self.meter = Meter()
         self.console: Console | None = None
         self.board: TensorBoard | None = None
 
@@ -81,22 +89,43 @@ class Run:
         """Prints a line between the progress lines; None where there is no console."""
         return self.console.note if self.console else None
 
-    def announce(self, repaired: Sequence[str], changed: Mapping[str, Any], derived: Sequence[str]) -> None:
-        """Rank 0 writes config.yaml and env.json, prints what was derived and opens console and board."""
-        if self.world.rank:
-            return
+    def announce(
+        self, repaired: Sequence[str], changed: Mapping[str, Any], derived: Sequence[str], pictures: Pictures = dict
+    ) -> None:
+        """Rank 0 prints configuration and derived lines, writes config.yaml and env.json, opens console and board.
+
+        pictures: draws what TensorBoard shows of this life, called on rank 0 alone.
+
+        Collective. Raises DiskError where the disk is full, over quota or read-only.
+        """
+
+        def announce() -> None:
+            with disk_errors(self.folder):  # the console may be a file too
+                self._announce(repaired, changed, derived, pictures)
+
+        together(lambda: None if self.world.rank else announce())
+
+    def _announce(
+        self, repaired: Sequence[str], changed: Mapping[str, Any], derived: Sequence[str], pictures: Pictures
+    ) -> None:
         assert isinstance(self.settings, BaseModel)
         text, step, train = config.dump(self.settings), self.progress.step, self.settings.train
+        watch = f"watch: tensorboard --logdir {self.folder / runs.BOARD}"
+        print(text.rstrip(), *repaired, *self.notes, *derived, watch, sep="\n", file=sys.stderr, flush=True)
         runs.write_text(self.folder / runs.CONFIG, text)
         runs.write_json(self.folder / runs.ENVIRONMENT, self.environment)
-        for line in (*repaired, *derived, f"watch: tensorboard --logdir {self.folder / runs.BOARD}"):
-            print(line, file=sys.stderr, flush=True)
         self.events.add("resume" if step else "start", step, repaired=repaired, changed=changed, **self.environment)
-        self.console = Console(step, train.steps, train.log_every)
+        peak = device_peak(self.world.device, self.settings.engine.precision)
+        everywhere = peak.flops * self.world.size
+        print(f"mfu: of {short(everywhere)}FLOP/s on all ranks ({peak.source})", file=sys.stderr, flush=True)
+        self.console = Console(step, train.steps, train.log_every, peak=everywhere)
         self.stack.callback(self.console.close)
-        self.board = TensorBoard(self.folder / runs.BOARD, step, train.log_every)
+        self.board = TensorBoard(self.folder / runs.BOARD, step, train.log_every, everywhere)
         self.stack.callback(self.board.close)
-        self.board.config(text, self.settings.model_dump(mode="json"))
+        metrics = ["loss/total", *(["valid/total"] if train.validate_every and self.stream.valid else [])]
+        self.board.config(text, self.settings.model_dump(mode="json"), metrics)
+        for name, image_HWC in pictures().items():
+            self.board.picture(name, image_HWC)
 
     def train(self, signals: Signals, texts: Hook | None) -> Progress:
         """Trains to the last update. texts: the hook that shows what the model writes."""
@@ -104,24 +133,37 @@ class Run:
         rate = partial(learning_rate, config=self.settings.optim, total_steps=steps)
         windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
         with self._journal(), closing(windows):  # a generator: its end ends its workers
-            return fit(self.engine, windows, rate, steps, self.progress, self._hooks(signals, texts))
+            hooks = AllRanks(together(lambda: self._hooks(signals, texts)), self.folder)
+            return fit(self.engine, windows, rate, steps, self.progress, [hooks], cost.facts(self.model))
 
     def _hooks(self, signals: Signals, texts: Hook | None) -> list[Hook]:
         """Periodic work in the order it is done after an update; saving comes last, when all else is on disk."""
         train = self.settings.train
-        hooks: list[Hook] = [hook for hook in (self.console, self.board) if hook]
+        hooks: list[Hook] = [self, *(hook for hook in (self.console, self.board) if hook)]
         if train.validate_every and self.stream.valid is not None:
             batches = self.stream.fixed_batches(train.validate_batches, self.world.rank, self.world.size)
             hooks.append(Validation(self.engine, batches, train.validate_every, self.board, self.note))
+        if train.cosine_every:
+            hooks.append(GradientCosine(self.engine, self.stream.preview(PREVIEWS), train.cosine_every, self.board))
         save = Save(train.save_every, self._save)
         return [*hooks, *([texts] if texts else []), Skips(self._skipped), save, StopOnSignal(signals, save)]
 
+    def after_step(self, report: StepReport) -> None:
+        """A hook itself: adds up what updates take, for the record of the next save."""
+        self.meter.add(report)
+
     def _save(self, progress: Progress) -> None:
         """Commits a checkpoint and deletes those that `train.keep` no longer covers; collective."""
-        content = {**progress.to_json(), "data": self.fingerprint}
+        content = {**progress.to_json(), "data": self.data, "kernels": self.model.backend}
+        began, spent = time.perf_counter(), self.meter
         checkpoint.save(self.store, progress.step, self.engine, self.world, content, keep=self.settings.train.keep)
-        self.reached = progress
-        self._record("save", progress.step)
+        self.reached, self.meter = progress, Meter()
+        times = {
+            "seconds": spent.seconds,
+            "wait_seconds": spent.wait_seconds,
+            "save_seconds": time.perf_counter() - began,
+        }
+        self._record("save", progress.step, **{name: round(value, 3) for name, value in times.items()})
 
     def _resume(self, given_by: str) -> Progress:
         """Restores the last verified checkpoint; without one, gives each rank dropout of its own and starts at 0."""
@@ -129,12 +171,15 @@ class Run:
         if saved is None:
             rng.seed(self.settings.seed, 0, self.world.rank)
             return Progress()
-        if saved.get("data") != self.fingerprint:
-            raise DataError(
-                f"`{given_by}` must give the data that run `{self.folder}` began with ({saved.get('data')!s:.12}), "
-                f"it gives {self.fingerprint:.12}"
-            )
-        return Progress.from_json(saved)
+        kernels = self.model.backend
+        if saved.get("kernels") != kernels:
+            self.notes.append(f"kernels were {saved.get('kernels')}, are {kernels}: the run goes on, not bit by bit")
+
+        def check() -> Progress:
+            runs.check_data(saved.get("data"), self.data, given_by, self.folder)
+            return Progress.from_json(saved)
+
+        return together(check)
 
     @contextmanager
     def _journal(self) -> Iterator[None]:
@@ -145,20 +190,54 @@ class Run:
             self._record("stop", self.reached.step)
             raise
         except ParlanceError as error:
-            self._record("error", self.reached.step, kind=type(error).__name__, message=str(error))
+            if self.world.rank == 0:
+                with suppress(ParlanceError):  # a full disk is told once
+                    self.events.add("error", self.reached.step, kind=type(error).__name__, message=str(error))
             raise
         self._record("finish", self.settings.train.steps)
 
     def _record(self, event: str, step: int, **details: Any) -> None:
-        if self.world.rank == 0:
-            self.events.add(event, step, **details)
+        """Rank 0 adds a line to events.jsonl; collective."""
+        distributed.rank_zero(lambda: self.events.add(event, step, **details))
 
     def _skipped(self, report: StepReport) -> None:
         self._record("skip", report.step, loss_scale=report.loss_scale)
 
 
-def claim(settings: Settings, store: Store, fixed: Sequence[str], free: Sequence[str] = ()) -> dict[str, Any]:
-    """What changed since the run was last started; raises where this configuration may not continue it."""
+class AllRanks:
+    """The hooks of a run as one.
+
+    What one rank alone meets, as rank 0 a full disk below its board, must not keep it from the collectives of the hooks
+    that follow; afterwards it is the error of every rank.
+    """
+
+    def __init__(self, hooks: Sequence[Hook], folder: Path) -> None:
+        self.hooks, self.folder = hooks, folder
+
+    def after_step(self, report: StepReport) -> None:
+        error: ParlanceError | None = None
+        for hook in self.hooks:
+            try:
+                with disk_errors(self.folder):
+                    hook.after_step(report)
+            except ParlanceError as problem:
+                if problem.shared:
+                    raise
+                error = error or problem
+        distributed.agree(error)
+
+
+def claim(
+    settings: Settings,
+    store: Store,
+    complete: Callable[[Any], BaseModel],
+    fixed: Sequence[str],
+    free: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What changed since the run was last started; raises where this configuration may not continue it.
+
+    complete: fills in the defaults of options that config.yaml may be too old to hold.
+    """
     assert isinstance(settings, BaseModel)
     before = runs.read_config(settings.run_dir, type(settings))
     if before is None or not store.commits():
@@ -167,27 +246,4 @@ def claim(settings: Settings, store: Store, fixed: Sequence[str], free: Sequence
         raise CheckpointError(
             f"run `{settings.run_dir}` has checkpoints and `train.resume` is never: choose another `name`"
         )
-    return runs.check_continues(settings, before, settings.run_dir, fixed, free)
-
-
-def together(make: Callable[[], MadeT]) -> MadeT:
-    """Runs `make` on every rank; a ParlanceError on any of them is raised on all."""
-    made, error = None, None
-    try:
-        made = make()
-    except ParlanceError as problem:
-        error = problem
-    distributed.agree(error)
-    assert made is not None
-    return made
-
-
-@contextmanager
-def told_once(rank: int, *local: type[ParlanceError]) -> Iterator[None]:
-    """For errors that every rank meets: rank 0 raises, the others just exit. Those of `local` kinds all raise."""
-    try:
-        yield
-    except ParlanceError as error:
-        if rank and not isinstance(error, local):
-            raise SystemExit(error.exit_code) from None
-        raise
+    return runs.check_continues(settings, complete(before), settings.run_dir, fixed, free)

@@ -1,5 +1,6 @@
 """The folder of a run: `runs/<name>/{config.yaml, env.json, checkpoints/, latest, tb/, samples/, events.jsonl}`."""
 
+import hashlib
 import json
 import os
 import platform
@@ -14,9 +15,11 @@ import torch
 from pydantic import BaseModel
 
 from pretrain import config as configuration
+from pretrain.commit import disk_errors
 from pretrain.data.files import write_atomic
-from pretrain.distributed import World
-from pretrain.errors import CheckpointError, ConfigError
+from pretrain.data.manifest import Manifest
+from pretrain.distributed import World, count_hosts
+from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.flatten import flatten
 
 CONFIG, ENVIRONMENT, EVENTS, BOARD, SAMPLES = "config.yaml", "env.json", "events.jsonl", "tb", "samples"
@@ -52,14 +55,39 @@ def check_continues(
     return changed
 
 
+def fingerprint(manifest: Manifest) -> dict[str, Any]:
+    """What makes two data folders one to a run: the samples, their text and their tokenizer."""
+    shards = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
+    return {
+        "index_sha256": manifest.index_sha256,
+        "shards_sha256": shards,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+    }
+
+
+def check_data(saved: Any, now: Mapping[str, Any], given_by: str, run_dir: Path) -> None:
+    """Compares the data that a checkpoint was trained on with what the configuration key `given_by` gives now.
+
+    Raises:
+        DataError: naming the first thing in `now` that is not as it was.
+    """
+    for key, value in now.items():
+        was = saved.get(key) if isinstance(saved, dict) else None
+        if was != value:
+            raise DataError(
+                f"`{given_by}` must give the data that run `{run_dir}` began with: `{key}` was {was!s:.80}, "
+                f"is {value!s:.80}"
+            )
+
+
 def describe_environment(world: World, backend: str) -> dict[str, Any]:
-    """Versions, hosts and devices, for env.json and provenance.json."""
+    """Versions, hosts and devices, for env.json and provenance.json; collective."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},
         "ranks": world.size,
-        "hosts": max(1, world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))),
+        "hosts": count_hosts(),
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "kernels": backend,
     }
@@ -74,9 +102,10 @@ def version(package: str) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text.encode())
+    """Replaces `path` in one step; raises DiskError where the disk is full, over quota or read-only."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode())
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -91,10 +120,21 @@ class Events:
         self.path = run_dir / EVENTS
 
     def add(self, event: str, step: int, **details: Any) -> None:
-        """Appends {"time", "host", "pid", "event", "step", ...}; on disk when it returns."""
+        """Appends {"time", "host", "pid", "event", "step", ...}; on disk when it returns.
+
+        Raises:
+            DiskError: the disk is full, over quota or read-only.
+        """
         line = {"time": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid(), "event": event}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "step": step, **details}) + "\n")
+        text = json.dumps({**line, "step": step, **details}) + "\n"
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        with disk_errors(self.path), os.fdopen(os.open(self.path, flags, 0o666), "rb+") as file:
+            # A kill or a full disk may have cut the last line short: what follows must not be glued to it.
+            size = file.seek(0, os.SEEK_END)
+            whole = size == 0 or os.pread(file.fileno(), 1, size - 1) == b"\n"
+            file.write(("" if whole else "\n").encode() + text.encode())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
@@ -106,9 +146,11 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
         raise CheckpointError(f"`{run_dir}` must be the folder of a run, it has no {EVENTS}") from None
     for line in lines:
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(event, dict):
+            found.append(event)
     return found
 
 

@@ -1,8 +1,16 @@
-"""The manifest of a commit: size and sha256 of every file, and of itself, so that no flipped bit goes unseen."""
+"""The manifest of a commit or bundle: size and sha256 of every file, and of itself: no flipped bit goes unseen.
 
+A manifest may come from anyone, so nothing it says is followed out of its folder: names are plain names, files are
+plain files, and a file is read only if it has the size that was promised.
+"""
+
+import errno
 import hashlib
 import json
+import os
 import re
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,40 +18,63 @@ from pretrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-MAX_MANIFEST_BYTES = 10_000_000
+MAX_JSON_BYTES = 10_000_000
 _CHUNK = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 Described = dict[str, Any]  # {"bytes": int, "sha256": hex}
 
 
-def verify(path: Path) -> list[str]:
-    """Every problem of a commit directory, one line each; empty when each bit is as it was committed."""
+def verify(path: Path, step_in_name: bool = True) -> list[str]:
+    """Every problem of a sealed directory, one line each; empty when each bit is as it was sealed.
+
+    step_in_name: a name like that of a commit must be of the step in the manifest.
+    """
     try:
-        with (path / MANIFEST).open("rb") as file:
-            text = file.read(MAX_MANIFEST_BYTES)
+        with open_plain(path / MANIFEST) as file:
+            text = file.read(MAX_JSON_BYTES)
         manifest = json.loads(text)
         files: dict[str, Described] = manifest["files"]
-        if text != manifest_bytes(manifest["step"], files):
+        if text != manifest_bytes(manifest["step"], files) or not all(_sound(*one) for one in files.items()):
             return [f"{MANIFEST} is damaged"]
-        if (step := number(path.name)) is not None and step != manifest["step"]:
-            return [f"{MANIFEST} is of step {manifest['step']}"]
+        if step_in_name and (step := number(path.name)) is not None and step != manifest["step"]:
+            return [f"{MANIFEST} is of step {manifest['step']!r:.80}"]
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST} cannot be read: {type(error).__name__}"]
     present = sorted(one.name for one in path.iterdir())
-    problems = [f"{name} is not in the manifest" for name in present if name not in files and name != MANIFEST]
-    for name, expected in files.items():
+    problems = [f"{_shown(name)} is not in the manifest" for name in present if name not in files and name != MANIFEST]
+    return [*problems, *(problem for name in files if (problem := _problem(path / name, files[name])))]
+
+
+def check_staged(folder: Path, files: Mapping[str, Described]) -> None:
+    """Raises CheckpointError unless `folder` holds exactly `files`, which the ranks say they have written.
+
+    Each file is opened by its name: on a network file system a listing may be older than what other hosts wrote.
+    """
+    for path in plain_files(folder):
+        if path.name not in files:
+            raise CheckpointError(f"`{path}` must not be there: no rank wrote it")
+    for name, described in files.items():
         try:
-            with (path / name).open("rb") as file:
-                found = describe(file)
-        except OSError as error:
-            problems.append(f"{name} cannot be read: {error.strerror}")
-            continue
-        if found != expected:
-            which = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
-            problems.append(f"{name}: {which} must be {expected[which]}, is {found[which]}")
-    return problems
+            with open_plain(folder / name) as file:
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            raise CheckpointError(f"`{folder / name}` must be there: a rank wrote it, it is not visible here") from None
+        if size != described["bytes"]:
+            raise CheckpointError(
+                f"`{folder / name}` must have the {described['bytes']} bytes that a rank wrote, it has {size}"
+            )
+
+
+def seal_folder(folder: Path, step: int) -> None:
+    """Writes the manifest of `folder`, whose files are all written; raises CheckpointError for links and folders."""
+    files = {}
+    for path in plain_files(folder):
+        with open_plain(path) as file:
+            files[path.name] = describe(file)
+    (folder / MANIFEST).write_bytes(manifest_bytes(step, files))
 
 
 def manifest_bytes(step: int, files: dict[str, Described]) -> bytes:
@@ -62,6 +93,30 @@ def describe(file: IO[bytes]) -> Described:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def open_plain(path: Path) -> IO[bytes]:
+    """Opens a plain file to read; raises OSError for a link, a folder, a pipe or a device, without waiting for it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a commit; raises CheckpointError for anything else."""
+    try:
+        with open_plain(path) as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise CheckpointError(f"`{path}` must have at most {MAX_JSON_BYTES} bytes")
+        values = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{path}` cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"`{path}` must hold an object, got {type(values).__name__}")
+    return values
+
+
 def plain_files(folder: Path) -> list[Path]:
     """What `folder` holds, without its manifest; raises CheckpointError for anything but plain files."""
     paths = sorted(folder.iterdir())
@@ -75,3 +130,26 @@ def number(name: str) -> int | None:
     """The step in the name of a commit or staging directory; None for any other name."""
     match = re.fullmatch(r"(?:step|staging)-(\d{8,})", name)
     return int(match[1]) if match else None
+
+
+def _shown(name: str) -> str:
+    return ascii(name)[1:-1]  # a name may hold line breaks
+
+
+def _sound(name: str, described: Any) -> bool:
+    kinds = {"bytes": int, "sha256": str}
+    return _NAME.fullmatch(name) is not None and {key: type(value) for key, value in described.items()} == kinds
+
+
+def _problem(path: Path, expected: Described) -> str | None:
+    try:
+        with open_plain(path) as file:
+            found: Described = {"bytes": os.fstat(file.fileno()).st_size}
+            if found["bytes"] == expected["bytes"]:
+                found = describe(file)
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    if found == expected:
+        return None
+    which = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
+    return f"{path.name}: {which} must be {expected[which]!r:.80}, is {found[which]}"

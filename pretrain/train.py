@@ -1,26 +1,34 @@
 """`train`: configuration -> data -> model -> engine -> resume -> fit. The same command starts and continues a run."""
 
 import math
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from pretrain import checkpoint, config, distributed, runs
+import numpy as np
+
+from pretrain import checkpoint, config, distributed, objectives, runs
 from pretrain.assemble import build_module, build_stream, complete_config, readable
 from pretrain.config import RunConfig
 from pretrain.data.dataset import ShardDataset
+from pretrain.data.stream import FIXED_SEED, sample_rng
+from pretrain.distributed import check_same, together
 from pretrain.engine import build
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
+from pretrain.flatten import flatten
 from pretrain.hooks import Signals, TextSamples
 from pretrain.loop import Hook, Progress
+from pretrain.pictures import mask_pictures
 from pretrain.progress import short
-from pretrain.run import Run, claim, together, told_once
+from pretrain.run import PREVIEWS, Run, claim
 
-PREVIEWS = 4
+# Tokens of the sample whose masks are drawn.
+PICTURED = 10
 # What decides the order of the data, the model and the objective: the past of a run cannot be of two kinds.
-FIXED = ("seed", "data.weights", "data.on_bad_shard", "model", "objective", "batch.samples", "batch.tokens")
+FIXED = (
+    "seed", "init_from", "data.weights", "data.on_bad_shard", "model", "objective", "batch.samples", "batch.tokens"
+)  # fmt: skip
 
 
 def main(
@@ -32,31 +40,34 @@ def main(
         deepspeed_config: a DeepSpeed JSON of the user's own, merged into the derived one.
 
     Raises:
-        ParlanceError: with the exit code of `pretrain.errors`; an error that all ranks share is raised by rank 0 while
-            the others exit silently with its code.
+        ParlanceError: with the exit code of `pretrain.errors`; what one rank meets, every rank raises.
     """
-    rank = int(os.environ.get("RANK", "0"))
     with ExitStack() as stack:
-        with told_once(rank):
-            settings = config.load(RunConfig, config_path, overrides)
-            user = config.read_json(deepspeed_config) if deepspeed_config else {}
         signals = stack.enter_context(Signals())
-        with told_once(rank):
-            world = distributed.init()
-            stack.callback(distributed.shutdown)
-            dataset = together(lambda: ShardDataset(settings.data.path, settings.data.on_bad_shard))
-            settings = complete_config(settings, dataset)
-            module = build_module(settings, dataset)
-            stream = build_stream(settings, dataset, module.objective, world)
-            store, repaired = checkpoint.open_store(settings.run_dir)
-            stack.callback(store.unlock)
-            changed = distributed.rank_zero(lambda: claim(settings, store, FIXED))
-            engine = build(settings.engine, settings.optim, module, world, user)
-            run = Run(settings, world, engine, stream, store, dataset.manifest.index_sha256, "data.path", stack)
-        run.announce(repaired, changed, derived(run, settings, dataset))
-        # A broken shard is met by one rank alone, which therefore speaks for itself.
-        with told_once(rank, DataError):
-            return run.train(signals, text_samples(run, dataset))
+        world = distributed.init()
+        stack.callback(distributed.shutdown)
+        given = together(lambda: complete_options(config.load(RunConfig, config_path, overrides)))
+        user = together(lambda: config.read_json(deepspeed_config) if deepspeed_config else {})
+        check_same("the configuration", flatten({**given.model_dump(mode="json"), "deepspeed": user}), ConfigError)
+        dataset = together(lambda: ShardDataset(given.data.path, given.data.on_bad_shard))
+        data = {**runs.fingerprint(dataset.manifest), "skipped": dataset.skipped_shards}
+        check_same(f"the data in `{given.data.path}`", data, DataError)
+        settings = together(lambda: complete_config(given, dataset))
+        module = together(lambda: build_module(settings, dataset))
+        stream = together(lambda: build_stream(settings, dataset, module.objective, world))
+        store, repaired = checkpoint.open_store(settings.run_dir)
+        stack.callback(store.unlock)
+        changed = distributed.rank_zero(lambda: claim(settings, store, complete_options, FIXED))
+        engine = build(settings.engine, settings.optim, module, world, user)
+        run = Run(settings, world, engine, stream, store, data, "data.path", stack)
+        run.announce(repaired, changed, derived(run, settings, dataset), lambda: masks(run, dataset))
+        return run.train(signals, together(lambda: text_samples(run, dataset)))
+
+
+def complete_options(settings: RunConfig) -> RunConfig:
+    """`settings` with every option of the objective; raises ConfigError for one that is unknown or out of range."""
+    options = config.complete(objectives.REGISTRY, settings.objective, "objective")
+    return settings.model_copy(update={"objective": options})
 
 
 def text_samples(run: Run, dataset: ShardDataset) -> Hook | None:
@@ -68,6 +79,15 @@ def text_samples(run: Run, dataset: ShardDataset) -> Hook | None:
     return TextSamples(run.engine, batch, decode, every, run.folder / runs.SAMPLES, run.board, PREVIEWS)
 
 
+def masks(run: Run, dataset: ShardDataset) -> dict[str, np.ndarray]:
+    """Pictures of who reads whom in a sample from the middle of the data, cut short."""
+    objective, tokenizer = run.engine.module.objective, dataset.tokenizer
+    tokens_N = dataset.tokens(len(dataset.lengths) // 2)[:PICTURED]
+    example = objective.corrupt(tokens_N, sample_rng(FIXED_SEED, 0))
+    drawn = mask_pictures(objective.collate([example]), tokenizer.mask, partial(readable, tokenizer))
+    return {f"masks/{name}": image_HWC for name, image_HWC in drawn.items()}
+
+
 def derived(run: Run, settings: RunConfig, dataset: ShardDataset) -> list[str]:
     """What follows from the configuration, for people to check before they wait."""
     stream, step, steps, engine = run.stream, run.progress.step, settings.train.steps, settings.engine
@@ -75,9 +95,10 @@ def derived(run: Run, settings: RunConfig, dataset: ShardDataset) -> list[str]:
     micros, parameters = len(plan.micro[0]), sum(math.prod(shape) for shape in run.engine.shapes().values())
     how = f"deepspeed ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else "local"
     epochs = stream.epoch(plan.count * steps)
+    began = f", begun with those of {settings.init_from}" if settings.init_from else ""
     valid = sum(stream.valid.sizes) if stream.valid is not None else 0
     return [
-        f"run {run.folder}: {parameters:,} parameters, objective {settings.objective['name']}, {how} "
+        f"run {run.folder}: {parameters:,} parameters{began}, objective {settings.objective['name']}, {how} "
         f"{engine.precision}, kernels {run.model.backend}, {run.world.size} rank(s) on {run.world.device.type}",
         f"data {settings.data.path}: {sum(stream.corpus.sizes):,} training and {valid:,} validation samples, "
         f"vocabulary {dataset.tokenizer.vocab_size:,}",

@@ -11,7 +11,7 @@ from typing import Any
 from torch import distributed as dist
 
 from pretrain.config import EngineConfig, OptimConfig
-from pretrain.distributed import World
+from pretrain.distributed import World, shared, together
 from pretrain.engine.base import Engine, StepResult
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import ObjectiveModule
@@ -34,10 +34,10 @@ def build(
     Raises:
         ConfigError: a combination that does not work, or a `user` key that conflicts with the configuration.
     """
-    _check(config, world)
+    together(lambda: _check(config, world))
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
-            raise ConfigError(f"parameter `{name}` must be trainable: an engine updates every parameter")
+            raise shared(ConfigError(f"parameter `{name}` must be trainable: an engine updates every parameter"))
     module.to(world.device)
     if world.size > 1:
         for value in module.state_dict().values():

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.config import EngineConfig, OptimConfig
-from pretrain.distributed import World
+from pretrain.distributed import World, together
 from pretrain.engine.base import Engine, StepResult, clip, nothing_to_gather
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import LossSums, ObjectiveModule
@@ -45,9 +45,10 @@ class DeepSpeedEngine(Engine):
         # deepspeed makes its masters from weights it has rounded to 16 bits; they shall start unrounded
         exact = {} if config.precision == "fp32" else {n: p.detach().clone() for n, p in module.named_parameters()}
         derived = derive(config, optim, sum(p.numel() for p in module.parameters()))
+        merged = together(lambda: merge(derived, user))
         self._adam = adamw(parameter_groups(module, optim.weight_decay), optim)
         with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints memory figures
-            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=merge(derived, user))
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=merged)
         self._zero: Any = self._engine.optimizer
         create_state(self._adam, self._flat())
         if self._stage in (1, 2):

@@ -23,14 +23,19 @@ from torch import Tensor
 from pretrain import distributed
 from pretrain.engine.base import Engine
 from pretrain.errors import CheckpointError, NonFiniteError, ParlanceError
+from pretrain.seal import read_json
 
 FORMAT = 1
 INDEX = "state.json"
 KEYS = ("param", "exp_avg", "exp_avg_sq")
+# What reading a file of the right name and the wrong content can end in.
+UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError,
+)  # fmt: skip
 
 
-def save(engine: Engine, folder: Path) -> None:
-    """Writes this rank's share of the state of `engine` into `folder`.
+def save(engine: Engine, folder: Path) -> list[str]:
+    """Writes this rank's share of the state of `engine` into `folder` and returns the names of its files.
 
     Raises:
         NonFiniteError: naming the tensor that is not finite, on every rank; nothing is written then.
@@ -63,6 +68,7 @@ def save(engine: Engine, folder: Path) -> None:
             "buffers": sorted(buffers),
         }
         (folder / INDEX).write_text(json.dumps(index_of, indent=1), encoding="utf-8")
+    return [_part(rank), INDEX] if rank == 0 else [_part(rank)]
 
 
 def load(engine: Engine, folder: Path) -> None:
@@ -73,21 +79,21 @@ def load(engine: Engine, folder: Path) -> None:
     """
     error: ParlanceError | None = None
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX)
         _compare(index, engine, folder)
         with ExitStack() as stack:
             files = [stack.enter_context(safe_open(folder / _part(r), framework="pt")) for r in range(index["ranks"])]
             where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a dict
-            for name in engine.shapes():
-                engine.write(name, {key: where[f"{key}/{name}"].get_tensor(f"{key}/{name}") for key in KEYS})
+            for name, shape in engine.shapes().items():
+                engine.write(name, {key: _tensor(where, f"{key}/{name}", shape) for key in KEYS})
             for name, buffer in engine.buffers().items():
-                buffer.copy_(where[f"buffer/{name}"].get_tensor(f"buffer/{name}"))
+                buffer.copy_(_tensor(where, f"buffer/{name}", tuple(buffer.shape)))
         engine.updates = int(index["updates"])
         if index["loss_scale"] is not None:
             engine.restore_loss_scale(index["loss_scale"])
     except CheckpointError as problem:
         error = problem
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as problem:
+    except UNREADABLE as problem:
         reason = " ".join(str(problem).split())
         error = CheckpointError(f"`{folder}` cannot be read: {type(problem).__name__}: {reason}")
     distributed.agree(error)
@@ -96,6 +102,14 @@ def load(engine: Engine, folder: Path) -> None:
 
 def _part(rank: int) -> str:
     return f"state-rank{rank}.safetensors"
+
+
+def _tensor(where: dict[str, Any], key: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of that key; copying one of another shape or kind would broadcast or convert it in silence."""
+    value: Tensor = where[key].get_tensor(key)
+    if tuple(value.shape) != shape or not value.is_floating_point():
+        raise ValueError(f"`{key}` must be floating point {shape}, is {value.dtype} {tuple(value.shape)}")
+    return value
 
 
 def _compare(index: dict[str, Any], engine: Engine, folder: Path) -> None:

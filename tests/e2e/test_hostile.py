@@ -22,7 +22,7 @@ from pretrain.__main__ import main
 from pretrain.bundle import load_bundle
 from pretrain.commit import Store
 from pretrain.errors import CheckpointError
-from pretrain.seal import MANIFEST, describe, manifest_bytes, plain_files
+from pretrain.seal import MANIFEST, manifest_bytes, seal_folder
 from tests.pretrain.runs import write_config, write_text
 
 
@@ -139,12 +139,7 @@ def test_checkpoint(file: str, kind: str, honest: Path, ground: Path, capsys: py
     shutil.copytree(honest / "runs", ground / "runs")
     for commit in Store(ground / "runs" / "tiny").commits():
         (commit / file).write_bytes(hostile(ground, kind))
-        described = {}
-        for path in plain_files(commit):
-            with path.open("rb") as opened:
-                described[path.name] = describe(opened)
-        step = json.loads((commit / MANIFEST).read_bytes())["step"]
-        (commit / MANIFEST).write_bytes(manifest_bytes(step, described))
+        seal_folder(commit, json.loads((commit / MANIFEST).read_bytes())["step"])
     config = write_config(ground, honest / "data")
     one_line(capsys, main(["train", str(config), "train.steps=3"]), 5)
 
@@ -179,6 +174,7 @@ def test_checkpoint_that_leads_outside(
 def test_bundle(file: str, kind: str, honest: Path, ground: Path) -> None:
     shutil.copytree(honest / "bundle", ground / "bundle")
     (ground / "bundle" / file).write_bytes(hostile(ground, kind))
+    seal_folder(ground / "bundle", step=0)
     with pytest.raises(CheckpointError) as found:
         load_bundle(ground / "bundle")
     assert "\n" not in str(found.value)

@@ -11,6 +11,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.runs import read_events
+from pretrain.seal import MANIFEST, describe, manifest_bytes, number, plain_files
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
@@ -81,6 +82,17 @@ def wait_for_save(process: "subprocess.Popen[str]", run: Path, seconds: float = 
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     raise AssertionError(f"no checkpoint within {seconds} s")
+
+
+def reseal(commit: Path) -> None:
+    """Writes the manifest of a commit anew, as someone who changed its files on purpose would."""
+    described = {}
+    for path in plain_files(commit):
+        with path.open("rb") as file:
+            described[path.name] = describe(file)
+    step = number(commit.name)
+    assert step is not None
+    (commit / MANIFEST).write_bytes(manifest_bytes(step, described))
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:

@@ -134,8 +134,23 @@ def failures(world: World, store: Store, engine: Any) -> list[str]:
         with torch.no_grad():
             local.module.model.norm.bias[2] = float("nan")
     note(NonFiniteError, checkpoint.save, store, 1, local, world, {})
+    if world.rank == 1:
+        store.seal = unseen(store)  # type: ignore[method-assign]
+    note(CheckpointError, checkpoint.save, store, 1, engine, world, {})
     left = sorted(path.name for path in store.folder.iterdir())
     return [*messages, *left]
+
+
+def unseen(store: Store) -> Any:
+    """Files that a rank wrote and sealed, and that a network file system does not show to the others."""
+
+    def seal(staging: Path, names: list[str]) -> Any:
+        sealed = Store.seal(store, staging, names)
+        for name in names:
+            (staging / name).unlink()
+        return sealed
+
+    return seal
 
 
 def full_disk(tensors: Any, path: Path, metadata: Any = None) -> None:
@@ -217,10 +232,11 @@ def test_state_exists_before_the_first_step(found: dict[str, Any]) -> None:
 
 def test_failures_reach_every_rank_and_commit_nothing(found: dict[str, Any]) -> None:
     assert found["errors"] == found["second rank"]["errors"]
-    mismatch, full, non_finite, *left = found["errors"]
+    mismatch, full, non_finite, unseen, *left = found["errors"]
     assert "parameter `model.shared.weight` must be (7, 6), is (7, 5)" in mismatch
     assert "state-rank1.safetensors` cannot be written: No space left on device" in full
-    assert non_finite == "`param/model.norm.bias` is not finite: the state is not saved"
+    assert non_finite.startswith("`param/model.norm.bias` is not finite: the state is not saved (rank 1 on ")
+    assert "state-rank1.safetensors` must be there: a rank wrote it, it is not visible here" in unseen
     assert left == ["step-00000000"]
 
 

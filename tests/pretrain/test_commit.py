@@ -1,142 +1,19 @@
-"""The commit protocol: killed at every file operation, filled disks, flipped bits, two jobs at once."""
+"""The commit protocol: flipped bits, missing files, links, retention, two jobs at once."""
 
 import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pretrain.commit import Store
-from pretrain.errors import CheckpointError, DiskError
+from pretrain.errors import CheckpointError
 from pretrain.seal import verify
-
-
-class Killed(BaseException):
-    """As SIGKILL: nothing handles it."""
-
-
-class Script:
-    """A hook that does something at the n-th operation."""
-
-    def __init__(self, at: int, error: BaseException) -> None:
-        self.at, self.error, self.seen = at, error, 0
-
-    def __call__(self, operation: str, path: Path) -> None:
-        self.seen += 1
-        if self.seen == self.at:
-            raise self.error
-
-
-def content(step: int) -> dict[str, bytes]:
-    return {"state-rank0.safetensors": bytes([step % 251]) * (100 + step), "progress.json": b'{"step": %d}' % step}
-
-
-def save(store: Store, step: int) -> None:
-    staging = store.begin(step)
-    for name, data in content(step).items():
-        (staging / name).write_bytes(data)
-    store.commit(staging, step)
-
-
-def step_of(path: Path | None) -> int:
-    assert path is not None
-    step = int(path.name.removeprefix("step-"))
-    assert {p.name: p.read_bytes() for p in path.iterdir() if p.name != "manifest.json"} == content(step)
-    return step
-
-
-def life(store: Store) -> None:
-    """Everything a run does to the disk between two crashes."""
-    store.recover()
-    save(store, 3)
-    store.retain(2)
-    save(store, 4)
-    store.retain(2)
-    save(store, 4)  # the same step again
-
-
-def operations(tmp_path: Path) -> int:
-    count = Script(0, Killed())
-    prepare(tmp_path)
-    life(Store(tmp_path, count))
-    return count.seen
-
-
-def prepare(run: Path) -> None:
-    store = Store(run)
-    for step in (1, 2):
-        save(store, step)
-
-
-def tidy(run: Path) -> bool:
-    names = [p.name for p in (run / "checkpoints").iterdir()]
-    return all(name.startswith("step-") for name in names)
-
-
-def test_kill_at_every_operation(tmp_path: Path) -> None:
-    total = operations(tmp_path / "count")
-    assert total > 60
-    reached = set()
-    for at in range(1, total + 1):
-        run = tmp_path / str(at)
-        prepare(run)
-        committed = 2
-        store = Store(run, Script(at, Killed()))
-        try:
-            life(store)
-        except Killed:
-            pass
-        else:
-            raise AssertionError("the kill never happened")
-        done = [p for p in store.commits() if not verify(p)]
-        assert done, "no intact commit on the disk after the kill"
-        committed = max([committed, *(int(p.name[5:]) for p in done)])
-        after = Store(run)
-        after.recover()
-        latest = after.latest()
-        assert latest is not None and step_of(latest) >= committed, f"operation {at}: lost commit {committed}"
-        assert after.pointer() == latest.name and tidy(run)
-        assert all(not verify(p) for p in after.commits())
-        reached.add(latest.name)
-        save(after, 5)  # never stuck
-        assert step_of(Store(run).latest()) == 5
-    assert reached == {"step-00000002", "step-00000003", "step-00000004"}
-
-
-def test_kill_during_recovery(tmp_path: Path) -> None:
-    """A second kill inside the recovery of a first, at every operation of it."""
-    total = operations(tmp_path / "count")
-    for at in range(1, total + 1, 3):
-        again = 1
-        while True:
-            run = tmp_path / f"{at}-{again}"
-            prepare(run)
-            with pytest.raises(Killed):
-                life(Store(run, Script(at, Killed())))
-            try:
-                Store(run, Script(again, Killed())).recover()
-                break
-            except Killed:
-                after = Store(run)
-                after.recover()
-                assert step_of(after.latest()) >= 2 and tidy(run)
-                again += 1
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_disk_full_at_every_operation(tmp_path: Path, code: int) -> None:
-    total = operations(tmp_path / "count")
-    for at in range(1, total + 1, 2):
-        run = tmp_path / str(at)
-        prepare(run)
-        with pytest.raises(DiskError, match=str(run)):
-            life(Store(run, Script(at, OSError(code, os.strerror(code), str(run)))))
-        after = Store(run)
-        after.recover()
-        assert step_of(after.latest()) >= 2
+from tests.pretrain.commits import Script, content, prepare, save, step_of, tidy
 
 
 def test_other_errors_are_checkpoint_errors(tmp_path: Path) -> None:
@@ -195,14 +72,67 @@ def test_retention_keeps_the_last_one_that_verifies(tmp_path: Path) -> None:
     assert tidy(tmp_path)
 
 
-def test_only_plain_files(tmp_path: Path) -> None:
+def test_retention_notices_what_was_damaged_after_it_was_verified(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for step in range(1, 5):
+        save(store, step)
+    for step in (3, 4):
+        path = tmp_path / "checkpoints" / f"step-{step:08d}" / "progress.json"
+        path.write_bytes(b"X" * path.stat().st_size)
+    assert store.retain(1) == ["step-00000001", "step-00000003"]
+    assert step_of(store.latest()) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda staging: (staging / "inner").mkdir(), r"inner` must be a plain file"),
+        (lambda staging: (staging / "link").symlink_to("/etc/passwd"), r"link` must be a plain file"),
+        (lambda staging: (staging / "extra").touch(), r"extra` must not be there: no rank wrote it"),
+        (lambda staging: (staging / "progress.json").unlink(), r"progress.json` must be there: a rank wrote it"),
+        (lambda staging: (staging / "progress.json").write_bytes(b"x"), r"must have the 11 bytes .* it has 1"),
+    ],
+)
+def test_exactly_what_was_sealed_is_committed(change: Any, message: str, tmp_path: Path) -> None:
     store = Store(tmp_path)
     staging = store.begin(1)
-    (staging / "inner").mkdir()
-    with pytest.raises(CheckpointError, match="inner"):
-        store.commit(staging, 1)
+    for name, data in content(1).items():
+        (staging / name).write_bytes(data)
+    sealed = store.seal(staging, content(1))
+    change(staging)
+    with pytest.raises(CheckpointError, match=message):
+        store.commit(staging, 1, sealed)
     assert store.latest() is None
     assert not list(store.begin(1).iterdir())
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    prepare(run)
+    outside.mkdir()
+    (outside / "precious").write_text("kept")
+    folder = run / "checkpoints"
+    for name in ("step-00000009", "staging-00000009", "trash-step-00000001-0"):
+        (folder / name).symlink_to(outside)
+    (folder / "staging-00000008").symlink_to(tmp_path / "nowhere")
+    (folder / "staging-00000007").touch()
+    os.mkfifo(folder / "trash-x")
+    (folder / "step-00000002" / "progress.json").unlink()
+    (folder / "step-00000002" / "progress.json").symlink_to(outside / "precious")
+    store = Store(run)
+    store.recover()
+    assert step_of(store.latest()) == 1
+    save(store, 9)
+    store.retain(1)
+    assert [path.name for path in folder.iterdir()] == ["step-00000009"] and step_of(Store(run).latest()) == 9
+    for name in ("latest.new", "lock"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(outside / "precious")
+    with pytest.raises(CheckpointError, match=r"latest.new` cannot be written"):
+        save(store, 10)
+    with pytest.raises(CheckpointError, match=r"lock` cannot be written"):
+        store.lock()
+    assert [path.name for path in outside.iterdir()] == ["precious"] and (outside / "precious").read_text() == "kept"
 
 
 HOLD = """

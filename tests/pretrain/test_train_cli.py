@@ -14,9 +14,10 @@ import yaml
 
 from pretrain.__main__ import main
 from pretrain.bundle import load_bundle
+from pretrain.data.manifest import read_manifest
 from pretrain.objectives.janus import Janus
 from pretrain.runs import read_events
-from tests.pretrain.runs import scalars, start, training_curve, wait_for_save, write_config, write_text
+from tests.pretrain.runs import reseal, scalars, start, training_curve, wait_for_save, write_config, write_text
 
 LONG = ("train.steps=40", "train.save_every=4", "train.sample_every=0", "train.validate_every=20")
 
@@ -67,8 +68,11 @@ def test_prepare_train_handoff_load(data, tmp_path, capsys):
 
     out = tmp_path / "bundle"
     assert main(["handoff", str(run), "--out", str(out)]) == 0
+    assert "the length predictor is untrained" in last_line(capsys.readouterr())
     bundle = load_bundle(out)
     assert bundle.golden_error == 0.0
+    assert bundle.description.max_source == min(128, read_manifest(data).plan.max_length)
+    assert not bundle.description.length_trained, "its loss has weight 0 in the paper"
     assert bundle.provenance["step"] == 6 and bundle.provenance["data"]["sources"][0]["name"] == "tiny"
     assert main(["handoff", str(run), "--out", str(out)]) == 0, "an older bundle is replaced"
 
@@ -161,14 +165,76 @@ def test_a_resume_may_not_change_what_the_run_is(data, tmp_path, capsys):
     assert "`train.resume` is never" in last_line(capsys.readouterr())
 
 
-def test_a_resume_needs_the_data_it_began_with(data, tmp_path, capsys):
-    config, other = write_config(tmp_path, data), tmp_path / "other"
+def test_a_resume_and_a_hand_off_need_the_data_of_the_run(data, tmp_path, capsys):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    shutil.copytree(data, mine)
+    config, run = write_config(tmp_path, mine), tmp_path / "runs" / "tiny"
     source = f"tiny=text:{write_text(tmp_path / 'b.txt', 100)}"
     tokenizer = ["--tokenizer", str(data)]
     assert main(["prepare", "--out", str(other), "--source", source, *tokenizer, "--workers", "1"]) == 0
     assert main(["train", str(config)]) == 0
     assert main(["train", str(config), "train.steps=8", f"data.path={other}"]) == 4
+    told = last_line(capsys.readouterr())
+    assert "`data.path` must give the data that run" in told and "`index_sha256` was " in told
+    shutil.rmtree(mine)
+    other.rename(mine)
+    assert main(["handoff", str(run), "--out", str(tmp_path / "bundle")]) == 4
     assert "`data.path` must give the data that run" in last_line(capsys.readouterr())
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_resume_needs_the_shards_it_began_with(data, tmp_path, capsys):
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    assert main(["train", str(config)]) == 0
+    progress = run / "checkpoints" / "step-00000006" / "progress.json"
+    content = json.loads(progress.read_text())
+    assert content["progress"]["data"]["skipped"] == []
+    content["progress"]["data"]["skipped"] = ["tiny-000007.tar"]
+    progress.write_text(json.dumps(content))
+    reseal(progress.parent)
+    assert main(["train", str(config), "train.steps=8"]) == 4
+    assert "`skipped` was ['tiny-000007.tar'], is []" in last_line(capsys.readouterr())
+
+
+def test_the_configuration_is_printed_and_saved_whole(data, tmp_path, capsys):
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    assert main(["train", str(config)]) == 0
+    saved = (run / "config.yaml").read_text()
+    assert saved in capsys.readouterr().err
+    assert yaml.safe_load(saved)["objective"]["corruption"]["encoder_ratio"] == 0.3, "a default that nobody typed"
+    assert main(["train", str(run / "config.yaml"), "train.steps=7"]) == 0, "it is a configuration itself"
+    assert read_events(run)[-3]["changed"] == {"train.steps": [6, 7]}
+    short = {**yaml.safe_load(saved), "objective": {"name": "janus"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(short))
+    assert main(["train", str(config), "train.steps=8"]) == 0, "options of a later version have their defaults"
+    assert main(["train", str(config), "train.steps=9", "objective.pair_ratio=0.5"]) == 3
+    assert "`objective.pair_ratio` must stay 0.7" in last_line(capsys.readouterr())
+
+
+def test_other_kernels_are_told(data, tmp_path, capsys):
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    assert main(["train", str(config)]) == 0
+    progress = run / "checkpoints" / "step-00000006" / "progress.json"
+    content = json.loads(progress.read_text())
+    assert content["progress"]["kernels"] == "torch"
+    content["progress"]["kernels"] = "cuda"
+    progress.write_text(json.dumps(content))
+    reseal(progress.parent)
+    capsys.readouterr()
+    assert main(["train", str(config), "train.steps=7"]) == 0
+    assert "kernels were cuda, are torch: the run goes on, not bit by bit\n" in capsys.readouterr().err
+    assert main(["train", str(config), "train.steps=8"]) == 0
+    assert "kernels were" not in capsys.readouterr().err
+
+
+def test_events_after_a_line_that_was_cut_short(data, tmp_path):
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    assert main(["train", str(config)]) == 0
+    whole = len(read_events(run))
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"time": 17637')
+    assert main(["train", str(config), "train.steps=7"]) == 0
+    assert [e["event"] for e in read_events(run)[whole:]] == ["resume", "save", "finish"]
 
 
 def test_a_tokenizer_that_is_not_the_manifests_is_refused(data, tmp_path, capsys):
@@ -221,7 +287,7 @@ def test_a_full_disk_is_exit_code_6(data, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("pretrain.train.main", full)
     assert main(["train", str(write_config(tmp_path, data))]) == 6
-    assert last_line(capsys.readouterr()) == "error: no space left to write `tb/events`: No space left on device"
+    assert last_line(capsys.readouterr()) == "error: `tb/events` cannot be written: No space left on device"
 
 
 def test_a_loss_that_is_not_finite_is_exit_code_7_and_is_never_committed(data, tmp_path, capsys, monkeypatch):

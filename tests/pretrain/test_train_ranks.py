@@ -33,7 +33,7 @@ def start_ranks(size, *arguments):
     shared = environment() | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = []
     for rank in range(size):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # as the deepspeed launcher writes it
         command = [sys.executable, "-m", "pretrain", f"--local_rank={rank}", *map(str, arguments)]
         pipe = subprocess.PIPE
