@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line.run(
         "pretrain",
         "Pre-train encoder-decoder language models that write in parallel.",
-        (_prepare, _train, _handoff),
+        (_prepare, _plan, _train, _verify, _status, _doctor, _handoff, _import_bart, _export_bart),
         arguments,
     )
 
@@ -26,28 +26,56 @@ def _prepare(commands: Commands) -> None:
     parser = commands.add_parser("prepare", help="text -> shards, manifest, index and tokenizer")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards; continued if begun before")
     parser.add_argument(
-        "--source", required=True, action="append", dest="sources", metavar="[NAME=]KIND[:GLOB]",
-        help="stdlib-docs, text:GLOB (a document per blank-line block) or text-file:GLOB (per file); repeatable",
+        "--source", action="append", default=[], dest="sources", metavar="[NAME=]KIND[:WHERE]",
+        help="stdlib-docs, text:GLOB (a document per blank-line block), text-file:GLOB (per file), jsonl:GLOB[#FIELD], "
+        "parquet:GLOB[#FIELD], webdataset:GLOB[#FIELD] or hf:ID[/CONFIG][@REVISION][#FIELD]; repeatable",
     )  # fmt: skip
+    parser.add_argument("--sources", dest="source_file", metavar="YAML", help="more of them, as NAME: KIND:WHERE lines")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument("--tokenizer", metavar="PATH_OR_ID", help="a tokenizer.json, its folder, or a Hub id")
+    tokenizer.add_argument(
+        "--tokenizer", metavar="PATH_OR_ID", help="a tokenizer.json, its folder, BART's files, or a Hub id"
+    )
     tokenizer.add_argument("--train-tokenizer", type=int, metavar="VOCAB", help="train byte-level BPE of this size")
     parser.add_argument("--workers", type=_positive, default=max(1, (os.cpu_count() or 2) - 1), metavar="N")
     parser.add_argument("--max-length", type=_positive, default=512, metavar="L", help="tokens of a sample at most")
+    parser.add_argument(
+        "--valid-permille", type=int, default=10, metavar="N", help="documents of 1,000 kept for validation; default 10"
+    )
+    parser.add_argument("--licence", default="not stated", metavar="NAME", help="of your text, for the manifest")
     parser.set_defaults(run=_run_prepare)
 
 
 def _run_prepare(given: argparse.Namespace) -> None:
     from pretrain.data.prepare import prepare
+    from pretrain.data.sources import read_specs
 
     prepare(
         given.out,
-        given.sources,
+        [*given.sources, *(read_specs(given.source_file) if given.source_file else ())],
         tokenizer=given.tokenizer,
         train_vocab=given.train_tokenizer,
         workers=given.workers,
         max_length=given.max_length,
+        valid_permille=given.valid_permille,
+        licence=given.licence,
     )
+
+
+def _plan(commands: Commands) -> None:
+    parser = commands.add_parser("plan", help="what a configuration will take: memory, disk, time; starts nothing")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    parser.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes it will be started with")
+    parser.add_argument(
+        "--measure", action=argparse.BooleanOptionalAction, default=None, help="run a few updates here to tell the time"
+    )
+    parser.set_defaults(run=_run_plan)
+
+
+def _run_plan(given: argparse.Namespace) -> None:
+    from pretrain.plan import plan
+
+    plan(given.config, given.overrides, given.ranks, given.measure)
 
 
 def _train(commands: Commands) -> None:
@@ -66,6 +94,42 @@ def _run_train(given: argparse.Namespace) -> None:
     train(given.config, given.overrides, given.deepspeed_config)
 
 
+def _verify(commands: Commands) -> None:
+    parser = commands.add_parser("verify", help="every bit and number of a data folder, run, checkpoint or bundle")
+    parser.add_argument("path", metavar="DIR_OR_RUN", help="for example data/docs, runs/quickstart, bundles/quickstart")
+    parser.set_defaults(run=_run_verify)
+
+
+def _run_verify(given: argparse.Namespace) -> None:
+    from pretrain.verify import verify
+
+    verify(given.path)
+
+
+def _status(commands: Commands) -> None:
+    parser = commands.add_parser("status", help="is a run alive, how far, how long still, how much time was lost")
+    parser.add_argument("run_dir", metavar="RUN", help="folder of the run, for example runs/quickstart")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=_run_status)
+
+
+def _run_status(given: argparse.Namespace) -> None:
+    from pretrain.status import status
+
+    status(given.run_dir, given.json)
+
+
+def _doctor(commands: Commands) -> None:
+    parser = commands.add_parser("doctor", help="can training start here: versions, devices, ranks, ports, disk")
+    parser.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(given: argparse.Namespace) -> None:
+    from pretrain.doctor import doctor
+
+    doctor()
+
+
 def _handoff(commands: Commands) -> None:
     parser = commands.add_parser("handoff", help="last verified checkpoint of a run -> bundle for fine-tuning")
     parser.add_argument("run_dir", metavar="RUN", help="folder of the run, for example runs/quickstart")
@@ -77,6 +141,33 @@ def _run_handoff(given: argparse.Namespace) -> None:
     from pretrain.handoff import handoff
 
     handoff(given.run_dir, given.out)
+
+
+def _import_bart(commands: Commands) -> None:
+    parser = commands.add_parser("import-bart", help="a published BART -> bundle, to tune or to continue (init_from)")
+    parser.add_argument("model", metavar="PATH_OR_ID", help="folder (Hugging Face or fairseq), *.pt file, or a Hub id")
+    parser.add_argument("--out", required=True, metavar="BUNDLE", help="folder to write")
+    parser.add_argument("--tokenizer", metavar="PATH_OR_ID", help="where the tokenizer is, if not in the same folder")
+    parser.set_defaults(run=_run_import_bart)
+
+
+def _run_import_bart(given: argparse.Namespace) -> None:
+    from pretrain.bart import import_bart
+
+    import_bart(given.model, given.out, given.tokenizer)
+
+
+def _export_bart(commands: Commands) -> None:
+    parser = commands.add_parser("export-bart", help="bundle -> folder that transformers' BART loads")
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder of a bundle")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
+    parser.set_defaults(run=_run_export_bart)
+
+
+def _run_export_bart(given: argparse.Namespace) -> None:
+    from pretrain.bart import export_bart
+
+    export_bart(given.bundle, given.out)
 
 
 def _positive(text: str) -> int:

@@ -1,12 +1,13 @@
 """What the programs `python -m pretrain` and `python -m finetune` share: sub-commands, and errors as exit codes."""
 
 import argparse
-import errno
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from pretrain.errors import EXIT_DISK, EXIT_DONE, ParlanceError
+from pretrain.errors import DISK_ERRNOS, EXIT_DISK, EXIT_DONE, ParlanceError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -31,11 +32,17 @@ def run(
     try:
         given.run(given)
     except ParlanceError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not (error.shared and int(os.environ.get("RANK", "0"))):
+            _tell(str(error))
         return error.exit_code
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_ERRNOS:
             raise
-        print(f"error: no space left to write `{error.filename}`: {error.strerror}", file=sys.stderr, flush=True)
+        _tell(f"`{error.filename}` cannot be written: {error.strerror}")
         return EXIT_DISK
     return EXIT_DONE
+
+
+def _tell(message: str) -> None:
+    with contextlib.suppress(OSError):  # a log may lie on the disk that is full
+        print(f"error: {message}", file=sys.stderr, flush=True)

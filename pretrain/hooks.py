@@ -5,19 +5,20 @@ A hook that holds a collective runs on every rank; only its output is rank 0's.
 
 import signal
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from pretrain.distributed import any_rank
+from pretrain.distributed import any_rank, shared
 from pretrain.engine import Engine
 from pretrain.errors import Requeue
 from pretrain.loop import Progress, StepReport, global_counts, global_means, weighted
 from pretrain.objectives import Preview
 from pretrain.progress import terms
-from pretrain.tensorboard import TensorBoard
+from pretrain.tensorboard import TensorBoard, plain
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 Note = Callable[[str], None]
@@ -81,9 +82,25 @@ class TextSamples:
         text = "\n\n".join(self._show(preview) for preview in previews)
         (self.folder / f"step_{report.step:06d}.txt").write_text(text + "\n", encoding="utf-8")
         for mode in sorted({mode for preview in previews for mode in preview.predicted}):
-            pairs = [(p.target, p.predicted[mode]) for p in previews if mode in p.predicted]
-            lines = [f"target     {self.decode(t)}\n{mode:10} {self.decode(p)}" for t, p in pairs]
-            self.board.text(report.step, f"samples/{mode}", "\n\n".join(lines))
+            rows = [self._row(preview, mode) for preview in previews if mode in preview.predicted]
+            target = "target, **bold** where it was hidden" if any("**" in row[1] for row in rows) else "target"
+            self.board.table(report.step, f"samples/{mode}", ("source", target, f"{mode}, **bold** where wrong"), rows)
+
+    def _row(self, preview: Preview, mode: str) -> tuple[str, str, str]:
+        """Markdown cells; a target that was predicted as a whole has no bold parts."""
+        target, predicted, places = preview.target, preview.predicted[mode], set(preview.places[mode])
+        hidden = [index in places and len(places) < len(target) - 1 for index in range(len(target))]
+        wrong = [one != other for one, other in zip(target, predicted, strict=True)]
+        return plain(self.decode(preview.source)), self._bold(target, hidden), self._bold(predicted, wrong)
+
+    def _bold(self, ids: Sequence[int], marked: Sequence[bool]) -> str:
+        parts = []
+        for bold, run in groupby(zip(ids, marked, strict=True), key=lambda pair: pair[1]):
+            text = self.decode([token for token, _ in run])
+            inner = plain(text.strip())
+            # markdown wants the stars right beside the word
+            parts.append(text.replace(text.strip(), f"**{inner}**") if bold and inner else plain(text))
+        return "".join(parts)
 
     def _show(self, preview: Preview) -> str:
         lines = {"source": preview.source, "target": preview.target, **preview.predicted}
@@ -140,7 +157,9 @@ class StopOnSignal:
     def after_step(self, report: StepReport) -> None:
         if any_rank(self.signals.received) and not report.last:
             self.save.now(report.progress)
-            raise Requeue(f"stopped by a signal, saved step {report.step}: run the same command again to continue")
+            raise shared(
+                Requeue(f"stopped by a signal, saved step {report.step}: run the same command again to continue")
+            )
 
 
 class Skips:

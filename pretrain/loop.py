@@ -8,17 +8,22 @@ global counts, the gradient does not depend on how the window was cut into ranks
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
-from pretrain.distributed import sum_counts
+from pretrain.distributed import agree, shared, sum_counts
 from pretrain.engine import Engine
-from pretrain.errors import CheckpointError, NonFiniteError
+from pretrain.errors import CheckpointError, NonFiniteError, ParlanceError
 
 # fp16 halves its loss scale at each overflow; at 1 there is nothing left to halve.
 SMALLEST_LOSS_SCALE = 1.0
+
+# {name: number of a batch}
+Facts = Mapping[str, Callable[[Any], int]]
+NO_FACTS: Facts = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,13 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Progress":
-        try:
-            return cls(**{name: int(values[name]) for name in cls.__dataclass_fields__})
-        except (KeyError, TypeError, ValueError):
-            fields = ", ".join(cls.__dataclass_fields__)
-            raise CheckpointError(f"progress of a checkpoint must hold the integers {fields}, got {values}") from None
+        found: dict[str, int] = {}
+        for name in cls.__dataclass_fields__:
+            value = values.get(name)
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise CheckpointError(f"progress of a checkpoint: `{name}` must be an integer, got {value!r:.80}")
+            found[name] = value
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class StepReport:
     losses: {term: global mean} of the terms that occurred. weights: {term: factor}. counts: {term: global count}.
     grad_norm: before clipping. applied: False where fp16 overflowed and the update was skipped.
     samples, tokens: of this update over all ranks. seconds, wait_seconds: of this rank, the second for data alone.
+    facts: sums over all batches of the update, under the names of `fit`'s `facts`.
     """
 
     progress: Progress
@@ -67,6 +75,7 @@ class StepReport:
     tokens: int
     seconds: float
     wait_seconds: float
+    facts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -108,6 +117,7 @@ def fit(
     steps: int,
     progress: Progress,
     hooks: Sequence[Hook],
+    facts: Facts = NO_FACTS,
 ) -> Progress:
     """Trains from `progress` until `steps` updates are done and returns where it stands then.
 
@@ -115,20 +125,28 @@ def fit(
         windows: endless, the first one starting at `progress.position`.
         learning_rate: of the update that follows `step` done ones.
         hooks: run after every update, in this order; one that stops training raises.
+        facts: {name: number of a batch}, added up for the hooks.
 
     Raises:
         NonFiniteError: on every rank, before the update, if a loss or (outside fp16) the gradient is not finite.
+        ParlanceError: what one rank met when it read its window, on every rank.
     """
     objective = engine.module.objective
     while progress.step < steps:
         started = time.perf_counter()
+        window: Window | None = None
+        error: ParlanceError | None = None
         # A reader draws from torch's generator when it starts, so a resumed run would have other dropout than this one.
         with torch.random.fork_rng(devices=[]):
-            window = next(windows)
+            try:
+                window = next(windows)
+            except ParlanceError as problem:  # of this rank alone; the others hear of it with the counts
+                error = problem
         waited = time.perf_counter() - started
         step = progress.step + 1
 
-        counts, tokens = global_counts(objective, window.batches)
+        counts, extent = global_counts(objective, window.batches if window else (), error, facts)
+        assert window is not None
         scale = {
             term: weight * engine.loss_factor / counts[term] if counts[term] else 0.0
             for term, weight in objective.weights.items()
@@ -137,16 +155,20 @@ def fit(
         losses = global_means(sums, counts)
         for term, value in losses.items():
             if not math.isfinite(value):
-                raise NonFiniteError(f"loss term `{term}` must be finite, was {value} at step {step}; not applied")
+                raise shared(
+                    NonFiniteError(f"loss term `{term}` must be finite, was {value} at step {step}; not applied")
+                )
 
         lr = learning_rate(progress.step)
         result = engine.step(lr)
         if not result.applied and (result.loss_scale is None or result.loss_scale <= SMALLEST_LOSS_SCALE):
             norm, terms = result.grad_norm, " ".join(f"{term} {value:.4g}" for term, value in losses.items())
-            raise NonFiniteError(f"gradient norm must be finite, was {norm} at step {step} ({terms}); not applied")
+            raise shared(
+                NonFiniteError(f"gradient norm must be finite, was {norm} at step {step} ({terms}); not applied")
+            )
 
         progress = Progress(
-            step, window.first + window.count, progress.samples + window.count, progress.tokens + tokens
+            step, window.first + window.count, progress.samples + window.count, progress.tokens + extent["tokens"]
         )
         report = StepReport(
             progress=progress,
@@ -159,24 +181,34 @@ def fit(
             applied=result.applied,
             loss_scale=result.loss_scale,
             samples=window.count,
-            tokens=tokens,
+            tokens=extent["tokens"],
             seconds=time.perf_counter() - started,
             wait_seconds=waited,
+            facts={name: extent[name] for name in facts},
         )
         for hook in hooks:
             hook.after_step(report)
     return progress
 
 
-def global_counts(objective: Any, batches: Sequence[Any]) -> tuple[dict[str, int], int]:
-    """({term: count}, target tokens) of the batches of all ranks; one collective."""
-    mine = {f"term/{term}": 0 for term in objective.weights} | {"tokens": 0}
+def global_counts(
+    objective: Any, batches: Sequence[Any], error: ParlanceError | None = None, facts: Facts = NO_FACTS
+) -> tuple[dict[str, int], dict[str, int]]:
+    """({term: count}, {"tokens": target tokens, fact: sum}) of the batches of all ranks; one collective.
+
+    error: why this rank has no batches, which is then raised on every rank.
+    """
+    mine = {f"term/{term}": 0 for term in objective.weights} | {"errors": int(error is not None)}
+    extent = {"tokens": lambda batch: batch.n_tokens, **facts}
+    mine |= {name: sum(fact(batch) for batch in batches) for name, fact in extent.items()}
     for batch in batches:
         for term, count in objective.counts(batch).items():
             mine[f"term/{term}"] += count
-        mine["tokens"] += batch.n_tokens
     everywhere = sum_counts(mine)
-    return {term: int(everywhere[f"term/{term}"]) for term in objective.weights}, int(everywhere["tokens"])
+    if everywhere["errors"]:
+        agree(error)
+    counts = {term: int(everywhere[f"term/{term}"]) for term in objective.weights}
+    return counts, {name: int(everywhere[name]) for name in extent}
 
 
 def global_means(sums: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, float]:

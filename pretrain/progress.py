@@ -13,40 +13,50 @@ from pretrain.loop import StepReport
 
 @dataclass(frozen=True)
 class Rates:
-    """Speed since the last reading; wait_fraction is the share of the time spent waiting for data."""
+    """Speed since the last reading; wait_fraction is the share of the time spent waiting for data.
+
+    flops: operations a second that the model needed, over all ranks; 0 where nobody counts them.
+    """
 
     tokens_per_second: float
     samples_per_second: float
     wait_fraction: float
+    flops: float
 
 
 class Meter:
     """Adds up what updates took between two readings."""
 
     def __init__(self) -> None:
-        self.tokens = self.samples = 0
+        self.tokens = self.samples = self.flops = 0
         self.seconds = self.wait_seconds = 0.0
 
     def add(self, report: StepReport) -> None:
         self.tokens += report.tokens
         self.samples += report.samples
+        self.flops += report.facts.get("flops", 0)
         self.seconds += report.seconds
         self.wait_seconds += report.wait_seconds
 
     def read(self) -> Rates:
         """The rates since the last call."""
         seconds = max(self.seconds, 1e-9)
-        rates = Rates(self.tokens / seconds, self.samples / seconds, self.wait_seconds / seconds)
+        rates = Rates(self.tokens / seconds, self.samples / seconds, self.wait_seconds / seconds, self.flops / seconds)
         self.__init__()  # type: ignore[misc]
         return rates
 
 
 class Console:
-    """Hook that reports every `every` updates: a tqdm bar on a tty, one plain line each otherwise."""
+    """Hook that reports every `every` updates: a tqdm bar on a tty, one plain line each otherwise.
 
-    def __init__(self, first_step: int, steps: int, every: int, out: TextIO | None = None) -> None:
+    peak: operations a second of all ranks together, for MFU; None leaves it out.
+    """
+
+    def __init__(
+        self, first_step: int, steps: int, every: int, out: TextIO | None = None, peak: float | None = None
+    ) -> None:
         self.out = out or sys.stderr
-        self.steps, self.every, self.meter = steps, every, Meter()
+        self.steps, self.every, self.meter, self.peak = steps, every, Meter(), peak
         self.first_step, self.started = first_step, time.monotonic()
         self.bar: Any = None
         if self.out.isatty():
@@ -60,7 +70,7 @@ class Console:
             self.note(f"step {report.step}: fp16 overflow, update skipped, loss scale {report.loss_scale:g}")
         if not report.due(self.every):
             return
-        summary = describe(report, self.meter.read())
+        summary = describe(report, self.meter.read(), self.peak)
         if self.bar is not None:
             self.bar.set_postfix_str(summary, refresh=False)
         else:
@@ -83,11 +93,12 @@ class Console:
         return per_step * (self.steps - step)
 
 
-def describe(report: StepReport, rates: Rates) -> str:
-    """`loss 7.91 (ar 6.20 nar 9.80) grad 3.1 12.0k tok/s data 2%`."""
+def describe(report: StepReport, rates: Rates, peak: float | None = None) -> str:
+    """`loss 7.91 (ar 6.20 nar 9.80) grad 3.1 12.0k tok/s mfu 41% data 2%`."""
+    mfu = f"mfu {rates.flops / peak:.0%} " if peak else ""
     return (
         f"loss {report.total:.2f} ({terms(report.losses, report.weights)}) grad {report.grad_norm:.1f} "
-        f"{short(rates.tokens_per_second)} tok/s data {rates.wait_fraction:.0%}"
+        f"{short(rates.tokens_per_second)} tok/s {mfu}data {rates.wait_fraction:.0%}"
     )
 
 
@@ -98,7 +109,7 @@ def terms(losses: Mapping[str, float], weights: Mapping[str, float]) -> str:
 
 def short(number: float) -> str:
     """Three digits and a unit: 950, 12.0k, 3.4M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"

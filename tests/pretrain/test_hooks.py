@@ -1,14 +1,17 @@
 """Hooks, console and TensorBoard on made-up reports."""
 
+import errno
 import io
 import math
 import os
 import signal
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +24,7 @@ from pretrain.hooks import Save, Signals, Skips, StopOnSignal, TextSamples, Vali
 from pretrain.loop import Progress, StepReport
 from pretrain.objectives import Preview
 from pretrain.progress import Console, Meter, clock, short
-from pretrain.tensorboard import TensorBoard
+from pretrain.tensorboard import TensorBoard, plain
 
 
 def report(step, last=False, **changes):
@@ -29,7 +32,7 @@ def report(step, last=False, **changes):
         progress=Progress(step, 10 * step, 10 * step, 100 * step), last=last,
         losses={"ar": 6.2, "nar": 9.8, "length": 4.0}, weights={"ar": 1.0, "nar": 0.5, "length": 0.0},
         counts={"ar": 90, "nar": 40, "length": 10}, lr=1e-3, grad_norm=3.14, applied=True, loss_scale=None,
-        samples=10, tokens=100, seconds=0.5, wait_seconds=0.1,
+        samples=10, tokens=100, seconds=0.5, wait_seconds=0.1, facts={"flops": 1000, "masked": 30},
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -85,14 +88,14 @@ def test_a_meter_forgets_what_it_told():
 
 def test_one_curve_over_restarts(tmp_path):
     first = TensorBoard(tmp_path, first_step=0, every=1)
-    first.config("seed: 1", {"seed": 1, "model": {"d_model": 8}})
+    first.config("seed: 1", {"seed": 1, "model": {"d_model": 8}}, ["loss/total"])
     for step in range(1, 8):
         first.after_step(report(step, losses={"ar": 100.0 + step}))
     first.text(3, "samples/ar", "old\ntext")
     first.close()
     time.sleep(1.1)  # readers order event files by name, and names tell seconds: a restart takes longer than one
     second = TensorBoard(tmp_path, first_step=4, every=1)
-    second.config("seed: 1", {"seed": 1, "model": {"d_model": 8}})
+    second.config("seed: 1", {"seed": 1, "model": {"d_model": 8}}, ["loss/total"])
     for step in range(5, 9):
         second.after_step(report(step, losses={"ar": 200.0 + step}, loss_scale=64.0))
     second.close()
@@ -100,7 +103,7 @@ def test_one_curve_over_restarts(tmp_path):
     points = [(e.step, e.value) for e in board.Scalars("loss/ar")]
     assert points == [*((s, 100.0 + s) for s in range(1, 5)), *((s, 200.0 + s) for s in range(5, 9))]
     assert [e.step for e in board.Scalars("train/loss_scale")] == [5, 6, 7, 8]
-    assert board.Scalars("data/mask_ratio")[0].value == pytest.approx(0.4)
+    assert board.Scalars("data/mask_ratio")[0].value == pytest.approx(0.3)
     assert board.Scalars("memory/rss_mebibytes")[0].value > 10
     texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in board.Tensors("config/text_summary")]
     assert texts == [(1, "    seed: 1"), (5, "    seed: 1")]
@@ -175,7 +178,12 @@ class Fake:
 
     def preview(self, model, batch, limit):
         self.modes.append(model.training)
-        one = Preview(source=[1, 2], target=[1, 3], predicted={"ar": [1, 4], "nar": [1, 5]})
+        one = Preview(
+            source=[1, 2],
+            target=[1, 3, 6],
+            predicted={"ar": [1, 4, 6], "nar": [1, 5, 6]},
+            places={"ar": [1, 2], "nar": [1]},
+        )
         return [one] * min(limit, batch.number)
 
 
@@ -190,6 +198,79 @@ def test_validation_is_a_global_mean_on_the_board_and_the_console(tmp_path):
     assert "valid/nar" not in read(tmp_path).Tags()["scalars"]
 
 
+@given(st.text())
+def test_foreign_text_stays_text_in_a_markdown_table(text):
+    import html
+
+    import markdown
+
+    made = markdown.markdown(f"| a |\n| --- |\n| x{plain(text)}x |", extensions=["markdown.extensions.tables"])
+    cell = made.partition("<td>")[2].rpartition("</td>")[0]
+    assert "<" not in cell and len(made.split("<td>")) == 2
+    assert "".join(html.unescape(cell).split()) == "".join(f"x{html.unescape(plain(text))}x".split())
+
+
+def test_mfu_is_flops_a_second_of_the_peak(tmp_path):
+    board = TensorBoard(tmp_path, 0, 2, peak=8000.0)
+    out = io.StringIO()
+    console = Console(0, 2, 2, out, peak=8000.0)
+    for step in (1, 2):
+        board.after_step(report(step))
+        console.after_step(report(step))
+    board.close()
+    assert [e.value for e in read(tmp_path).Scalars("speed/mfu")] == [0.25], "1000 in half a second"
+    assert " 200 tok/s mfu 25% data 20% eta" in out.getvalue()
+    assert "speed/mfu" not in scalars_without_peak(tmp_path / "none")
+
+
+def scalars_without_peak(folder):
+    board = TensorBoard(folder, 0, 1)
+    board.after_step(report(1, facts={}))
+    board.close()
+    assert "data/mask_ratio" not in read(folder).Tags()["scalars"]
+    return read(folder).Tags()["scalars"]
+
+
+def test_hparams_pictures_and_tables_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    board = TensorBoard(tmp_path / "tb", 0, 1)
+    values = {"optim": {"lr": 1e-3, "betas": [0.9, 0.98]}, "data": {"weights": None}, "name": "x"}
+    board.config("text", values, ["loss/total", "valid/total"])
+    board.picture("masks/encoder", np.full((4, 6, 3), 200, np.uint8))
+    board.after_step(report(1))
+    board.close()
+    found = EventMultiplexer({"run": str(tmp_path / "tb")}).Reload()
+    content = found.SummaryMetadata("run", "_hparams_/session_start_info").plugin_data.content
+    given = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert {key: given[key].WhichOneof("kind") for key in given} == {
+        "optim.lr": "number_value", "optim.betas": "string_value", "name": "string_value"
+    }  # fmt: skip
+    content = found.SummaryMetadata("run", "_hparams_/experiment").plugin_data.content
+    metrics = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
+    assert [metric.name.tag for metric in metrics] == ["loss/total", "valid/total"]
+    assert found.Scalars("run", "loss/total")[-1].value == pytest.approx(11.1)
+    assert found.Images("run", "masks/encoder")[0].width == 6
+
+
+def test_a_full_disk_is_told_once_and_closing_does_not_hide_it(tmp_path, monkeypatch, capfd):
+    board = TensorBoard(tmp_path, 0, 1)
+    records = board.writer.file_writer.event_writer._async_writer._writer
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records, "write", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(1, 10):
+            board.after_step(report(step))
+            time.sleep(0.01)
+    monkeypatch.setattr(records, "flush", refuse)
+    board.close()
+    assert "Traceback" not in capfd.readouterr().err and threading.excepthook is threading.__excepthook__
+
+
 def test_samples_are_files_and_text_per_mode_made_in_eval_mode(tmp_path):
     board, fake = TensorBoard(tmp_path / "tb", 0, 1), Fake()
     hook = TextSamples(fake, Batch(5), lambda ids: f"<{ids}>", 2, tmp_path / "samples", board, limit=2)
@@ -198,11 +279,18 @@ def test_samples_are_files_and_text_per_mode_made_in_eval_mode(tmp_path):
     board.close()
     files = list((tmp_path / "samples").iterdir())
     assert [file.name for file in files] == ["step_000002.txt"]
-    block = "source     <[1, 2]>\ntarget     <[1, 3]>\nar         <[1, 4]>\nnar        <[1, 5]>\n"
+    block = "source     <[1, 2]>\ntarget     <[1, 3, 6]>\nar         <[1, 4, 6]>\nnar        <[1, 5, 6]>\n"
     assert files[0].read_text() == f"{block}\n{block}"
     assert fake.modes == [False] and fake.module.training
-    tags = read(tmp_path / "tb").Tags()["tensors"]
-    assert {"samples/ar/text_summary", "samples/nar/text_summary"} <= set(tags)
+    found = read(tmp_path / "tb")
+    shown = {
+        mode: found.Tensors(f"samples/{mode}/text_summary")[0].tensor_proto.string_val[0] for mode in ("ar", "nar")
+    }
+    head, _, *rows = shown["nar"].decode().splitlines()
+    assert head == "| source | target, **bold** where it was hidden | nar, **bold** where wrong |"
+    before, hidden, wrong, after = (plain(f"<[{ids}]>") for ids in (1, 3, 5, 6))
+    assert rows == [f"| {plain('<[1, 2]>')} | {before}**{hidden}**{after} | {before}**{wrong}**{after} |"] * 2
+    assert shown["ar"].decode().startswith("| source | target | ar, **bold** where wrong |")
     silent = TextSamples(fake, Batch(5), str, 1, tmp_path / "none", None)
     silent.after_step(SimpleNamespace(due=lambda every: True, step=3))
     assert not (tmp_path / "none").exists() and len(fake.modes) == 2, "every rank predicts, one writes"

@@ -165,8 +165,9 @@ def test_a_gradient_that_is_not_finite_stops_unless_the_loss_scale_moved(monkeyp
 
 def test_progress_of_another_shape_is_a_checkpoint_error():
     assert Progress.from_json(Progress(1, 2, 3, 4).to_json()) == Progress(1, 2, 3, 4)
-    for bad in ({}, {"step": 1}, {"step": "x", "position": 0, "samples": 0, "tokens": 0}):
-        with pytest.raises(CheckpointError, match="must hold the integers step, position"):
+    whole = {"step": 1, "position": 0, "samples": 0, "tokens": 0}
+    for bad in ({}, {"step": 1}, *({**whole, "step": wrong} for wrong in ("x", -1, 1.0, True, 2**63, None))):
+        with pytest.raises(CheckpointError, match=r"`(step|position)` must be an integer"):
             Progress.from_json(bad)
 
 

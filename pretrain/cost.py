@@ -1,0 +1,87 @@
+"""What a step costs: parameters by part, and the floating-point operations of a packed batch.
+
+Only products of matrices are counted, two operations for each multiply-add, over the rows and the (row, key) pairs that
+really exist: no padding, nothing twice. The backward pass costs twice the forward; what activation checkpointing or an
+attention kernel computes again is not model work and is left out (PaLM, appendix B).
+
+Shapes: R rows, K keys, M memory rows, L rows with a use, D width, F feed-forward width, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from pretrain.config import ModelConfig
+from pretrain.models import EncoderDecoder
+from pretrain.objectives.batch import TokenBatch
+
+FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one forward. encoder, decoder: their linear layers; attention: of both; heads: both projections."""
+
+    encoder: int = 0
+    decoder: int = 0
+    attention: int = 0
+    heads: int = 0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    @property
+    def forward(self) -> int:
+        return self.encoder + self.decoder + self.attention + self.heads
+
+    @property
+    def training(self) -> int:
+        """Forward and backward."""
+        return FORWARD_AND_BACKWARD * self.forward
+
+
+def batch_flops(config: ModelConfig, batch: TokenBatch) -> Flops:
+    """Operations of the forward over one packed micro-batch; additive over the samples."""
+    source, rows = batch.source, batch.rows
+    width, inner = config.d_model, config.decoder_layers - 1
+    projection, feed_forward = 2 * width * width, 4 * width * config.ffn_dim
+    n_source, n_rows, n_used = source.mask.n_rows, rows.self_mask.n_rows, len(rows.out_L)
+
+    # A decoder row has queries and outputs of two attentions; keys and values belong to keys and memory rows.
+    computed = inner * n_rows + n_used
+    per_layer = 2 * projection * (rows.n_keys + n_source)
+    pairs = config.encoder_layers * source.mask.visible_pairs()
+    pairs += inner * (rows.self_mask.visible_pairs() + rows.cross_mask.visible_pairs())
+    pairs += rows.out_self_mask.visible_pairs() + rows.out_cross_mask.visible_pairs()
+    vocabulary = config.vocab_size or 0
+    return Flops(
+        encoder=config.encoder_layers * n_source * (4 * projection + feed_forward),
+        decoder=computed * (4 * projection + feed_forward) + config.decoder_layers * per_layer,
+        attention=4 * width * pairs,
+        heads=2 * width * (n_used * vocabulary + source.n_samples * config.length_classes),
+    )
+
+
+def facts(model: EncoderDecoder) -> dict[str, Callable[[TokenBatch], int]]:
+    """What the loop adds up: `flops` of forward and backward, `masked` target tokens that the decoder does not see."""
+
+    def masked(batch: TokenBatch) -> int:
+        content_K = batch.rows.tokens_R[: batch.rows.n_keys]
+        return int((content_K == model.ids.mask).sum())
+
+    return {"flops": lambda batch: batch_flops(model.config, batch).training, "masked": masked}
+
+
+def parameters_by_part(model: nn.Module) -> Mapping[str, int]:
+    """{part: number of parameters}; the token table counts once, though the head uses it too. Works on `meta`."""
+    parts = {"token table, also the head": 0, "positions": 0, "encoder": 0, "decoder": 0, "length head": 0}
+    for name, parameter in model.named_parameters():
+        if name.startswith("shared."):
+            part = "token table, also the head"
+        elif "embed_positions" in name:
+            part = "positions"
+        else:
+            part = name.split(".")[0].replace("_", " ")
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return {part: count for part, count in parts.items() if count}

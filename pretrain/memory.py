@@ -1,0 +1,148 @@
+"""Bytes: what one rank holds in memory while it trains, and what a checkpoint weighs on disk.
+
+Weights, gradients, masters and moments follow from the engine's configuration. Its buffers and the activations are
+estimates of what torch's operators keep (tests compare both with what really is allocated):
+
+    activations = floats that autograd saves a row x rows + copies of keys and values + the scores of attention dropout
+    a row of an encoder layer saves 9 D + 2 F floats, of a decoder layer 12 D + 2 F, dropout one D for each use
+
+Shapes: R rows, L rows with a use, D width, F feed-forward width, V vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from parlance_kernels import SampleMask
+from parlance_kernels.vocab_loss.op import CHUNK_ROWS
+from pretrain.config import EngineConfig, ModelConfig
+from pretrain.engine.deepspeed import BUCKET
+from pretrain.engine.state import KEYS
+from pretrain.objectives.batch import TokenBatch
+from pretrain.rng import WORDS
+
+FULL = 4  # bytes of a float32
+# deepspeed keeps at most so many weights of ZeRO-3 gathered
+GATHERED = 1_000_000_000
+# float32 [chunk, V] tensors that live at once in the vocabulary loss
+CHUNK_TENSORS = 4
+# bytes around the generators of a rank: headers, lines of the manifest
+RANK_FILES = 1024
+# [heads, rows, keys] tensors that attention with dropout saves where no fused kernel does it: on a CPU
+DROPPED_SCORES = 3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """{kind: bytes} of one rank, on its device and, with offload, in the memory of its host."""
+
+    device: Mapping[str, int]
+    host: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(self.device.values())
+
+
+def rank_memory(
+    model: nn.Module, config: ModelConfig, engine: EngineConfig, ranks: int, device: str, activations: int
+) -> Memory:
+    """The memory of one of `ranks` ranks at the worst moment of an update.
+
+    model: for the shapes of its parameters, may be on `meta`. device: `cpu` or `cuda`.
+    activations: bytes, from `activation_bytes`.
+    """
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    count, half = sum(sizes), engine.precision != "fp32"
+    low = 2 if half else FULL
+    local = engine.kind == "local"
+    stage = 0 if local else engine.zero_stage
+    share = -(-count // ranks)
+    bucket = FULL * max(min(count, BUCKET), max(sizes))
+    masters = FULL * (count if local else share) if half or stage else 0
+    moments = 2 * FULL * (share if stage else count)
+    # What a deepspeed of each stage allocates around a backward; measured, see the tests.
+    many = ranks > 1 and not local
+    buffers = (FULL * count * many, bucket, 3 * bucket, 4 * bucket)[stage]
+    if stage == 0:
+        gradients = (FULL + low * half) * count
+    elif stage == 1:
+        gradients = (FULL + low) * count if half else FULL * (count + share)
+        buffers = 2 * FULL * count * many if half else buffers
+    else:
+        gradients = FULL * share
+    weights = low * (share + min(count, GATHERED)) if stage == 3 else low * count
+
+    parts = {"weights": weights, "gradients": gradients, "masters": masters, "optimizer": moments, "buffers": buffers}
+    host: dict[str, int] = {}
+    if engine.offload != "none":
+        host = {"masters": parts.pop("masters"), "optimizer": parts.pop("optimizer"), "gradients": FULL * share}
+    if engine.offload == "all":
+        host["weights"] = low * share
+        parts["weights"] -= low * share
+    vocabulary = FULL * (config.vocab_size or 0) * (config.d_model + CHUNK_TENSORS * CHUNK_ROWS)
+    return Memory({**parts, "activations": activations, "vocabulary loss": vocabulary}, host)
+
+
+def activation_bytes(
+    config: ModelConfig, batch: TokenBatch, precision: str, device: str, checkpointing: bool = False
+) -> int:
+    """Bytes that autograd saves for the backward of one micro-batch, without the vocabulary loss.
+
+    checkpointing: only the inputs of the layers are kept, and the insides of one layer at a time.
+    """
+    width, low = config.d_model, FULL if precision == "fp32" else 2
+    source, rows = batch.source, batch.rows
+    n_source, n_rows, dropped = source.mask.n_rows, rows.self_mask.n_rows, float(config.dropout > 0)
+    if device != "cpu":
+        dropped /= low  # a GPU keeps a byte for each number, a CPU the factor itself
+
+    def scores(*masks: SampleMask) -> float:
+        on = config.attention_dropout > 0 and device == "cpu"
+        return DROPPED_SCORES * config.heads * sum(_extent(mask) for mask in masks) if on else 0.0
+
+    def decoder_layer(computed: int, self_mask: SampleMask, cross_mask: SampleMask) -> float:
+        floats = computed * (12 * width + 2 * config.ffn_dim + 3 * width * dropped)
+        return floats + 2 * width * (_copied(self_mask) + _copied(cross_mask)) + scores(self_mask, cross_mask)
+
+    encoder = n_source * (9 * width + 2 * config.ffn_dim + 2 * width * dropped) + scores(source.mask)
+    inner = decoder_layer(n_rows, rows.self_mask, rows.cross_mask)
+    last = decoder_layer(len(rows.out_L), rows.out_self_mask, rows.out_cross_mask)
+    kept = (n_source + n_rows) * width * (1 + dropped) + (n_source + n_rows) * width
+    layers = (config.encoder_layers, config.decoder_layers - 1)
+    if checkpointing:
+        inputs = layers[0] * n_source + config.decoder_layers * n_rows
+        floats = kept + inputs * width + max(encoder, inner if layers[1] else 0.0, last)
+    else:
+        floats = kept + layers[0] * encoder + layers[1] * inner + last
+    return int(low * floats)
+
+
+def checkpoint_bytes(model: nn.Module, ranks: int) -> int:
+    """Size of the files of one commit, within a percent; `model` may be on `meta`."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = sum(len(KEYS) * FULL * math.prod(shape) for shape in shapes.values())
+    offsets = [tensors // 2, tensors // 2]  # as many digits as most have
+    table = {
+        f"{key}/{name}": {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+        for name, shape in shapes.items()
+        for key in KEYS
+    }
+    generators = torch.get_rng_state().numel() + 8 * (2 * WORDS + 1)
+    written = len(json.dumps(table, separators=(",", ":"))) + len(json.dumps(shapes, indent=1))
+    return tensors + written + ranks * (generators + RANK_FILES)
+
+
+def _copied(mask: SampleMask) -> int:
+    """Rows of keys, and of values, that attention gathers from the packed buffer."""
+    return sum(group.keys * len(group.members) for group in mask.groups)
+
+
+def _extent(mask: SampleMask) -> int:
+    """Scores of the dense calls that attention is made of."""
+    return sum(group.rows * group.keys * len(group.members) for group in mask.groups)
