@@ -6,9 +6,10 @@ Tensors are read one at a time, so a checkpoint of any size needs the memory of 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -30,6 +31,7 @@ from pretrain.models import EncoderDecoder, SpecialIds
 
 # {"param/model.shared.weight": shape, ...} of a whole checkpoint; None where any shape will do.
 Shapes = dict[str, tuple[int, ...] | None]
+FoundT = TypeVar("FoundT")
 JOURNALS = (runs.CONFIG, runs.ENVIRONMENT, runs.EVENTS)
 
 
@@ -40,9 +42,8 @@ def examine_checkpoint(commit: Path) -> list[Finding]:
         shapes = model_shapes(read_model(run)) if (run / runs.CONFIG).exists() else None
     except (ConfigError, CheckpointError) as error:
         return [bad(str(error))]
-    problems = [str(commit / problem) for problem in seal.verify(commit)] or content_problems(commit, shapes)
     fits = [] if shapes else [note(f"{run / runs.CONFIG} is not there: the model was not compared")]
-    return [*(bad(problem) for problem in problems), *fits] if problems else [_described(commit), *fits]
+    return [*_examine(commit, shapes)[1], *fits]
 
 
 def examine_run(run: Path) -> list[Finding]:
@@ -56,22 +57,44 @@ def examine_run(run: Path) -> list[Finding]:
     findings += _journals(run, bool(commits))
     shapes, model = _wanted_shapes(run)
     findings += model
-    sealed, sound = [], []
+    sealed, sound, gone = [], [], 0
     for commit in tqdm(commits, desc="checkpoints", leave=False, disable=None):
-        broken = seal.verify(commit)
-        problems = [str(commit / problem) for problem in broken] or content_problems(commit, shapes)
-        if not commit.exists():  # retention was faster
+        looked = _if_there(commit, partial(_examine, commit, shapes))
+        if looked is None:
+            gone += 1
             continue
-        sealed += [] if broken else [commit]
-        sound += [] if problems else [commit]
-        findings += [bad(problem) for problem in problems] or [_described(commit)]
+        is_sealed, about = looked
+        sealed += [commit] if is_sealed else []
+        sound += [] if any(finding.error for finding in about) else [commit]
+        findings += about
     if not busy:
         rest = [path for path in sorted(store.folder.glob("*")) if path not in commits]
         findings += [_left_over(path) for path in rest]
         sealed += [path for path in rest if path.name.startswith("staging-") and not seal.verify(path)]
-    findings += _pointer(run, pointer, [path.name for path in commits], [path.name for path in sealed])
-    findings += _data(run, sound[-1]) if sound else []
-    return [*findings, _outcome(len(commits), sealed, sound)]
+        findings += _pointer(run, pointer, [path.name for path in commits], [path.name for path in sealed])
+    if sound:
+        findings += _if_there(sound[-1], partial(_data, run, sound[-1])) or []
+    if gone and gone == len(commits):
+        return [*findings, note(f"checkpoints of {run} come and go too fast to be read: verify it again later")]
+    return [*findings, _outcome(len(commits) - gone, sealed, sound)]
+
+
+def _examine(commit: Path, shapes: Shapes | None) -> tuple[bool, list[Finding]]:
+    """(whether its bits are those that were committed, findings)"""
+    broken = seal.verify(commit)
+    problems = [str(commit / problem) for problem in broken] or content_problems(commit, shapes)
+    return not broken, [bad(problem) for problem in problems] or [_described(commit)]
+
+
+def _if_there(commit: Path, look: Callable[[], FoundT]) -> FoundT | None:
+    """What `look` finds at a commit; None where retention was faster."""
+    try:
+        found = look()
+    except (FileNotFoundError, CheckpointError):
+        if commit.exists():
+            raise
+        return None
+    return found if commit.exists() else None
 
 
 def content_problems(commit: Path, shapes: Shapes | None) -> list[str]:

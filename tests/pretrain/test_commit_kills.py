@@ -90,7 +90,8 @@ seen = unseen = 0
 def observe(event, arguments):
     global seen, unseen
     changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
-    opens = event == "open" and arguments[2] & 3 and Path(arguments[0]).name not in ours
+    named = event == "open" and not isinstance(arguments[0], int)  # a descriptor is opened after its file
+    opens = named and arguments[2] & 3 and Path(arguments[0]).name not in ours
     if (changes or opens) and str(arguments[0]).startswith(str(run)):
         seen += 1
         unseen += told[0] == 0
