@@ -17,7 +17,7 @@ from finetune.decoding import Generated
 from finetune.runners import Runner
 from finetune.tasks import one_line
 from finetune.tasks.pairs import read_lines
-from pretrain.bundle import load_bundle
+from pretrain.bundles.bundle import load_bundle
 from pretrain.data.files import write_atomic
 from pretrain.data.tokenizer import TextTokenizer
 from pretrain.errors import DataError, UsageError

@@ -12,7 +12,7 @@ from pretrain.engine import Engine
 from pretrain.hooks import Note
 from pretrain.loop import StepReport
 from pretrain.models import EncoderDecoder
-from pretrain.tensorboard import TensorBoard
+from pretrain.watch.tensorboard import TensorBoard
 
 METRICS = ("rouge1", "rouge2", "rougeL")
 

@@ -19,9 +19,10 @@ from finetune.corpus import PairCorpus
 from finetune.hooks import WrittenTexts
 from finetune.runners import Runner, with_modes
 from finetune.tasks import Pair, SplitName
-from pretrain import checkpoint, config, distributed, objectives, runs
+from pretrain import config, distributed, objectives, runs
 from pretrain.assemble import with_steps
-from pretrain.bundle import Bundle, content_sha256, load_bundle, write_bundle
+from pretrain.bundles.bundle import Bundle, content_sha256, load_bundle, write_bundle
+from pretrain.checkpoints import checkpoint
 from pretrain.data.plan import BatchSize
 from pretrain.data.stream import SampleStream
 from pretrain.distributed import check_same, together

@@ -73,7 +73,7 @@ def _plan(commands: Commands) -> None:
 
 
 def _run_plan(given: argparse.Namespace) -> None:
-    from pretrain.plan import plan
+    from pretrain.report.plan import plan
 
     plan(given.config, given.overrides, given.ranks, given.measure)
 
@@ -101,7 +101,7 @@ def _verify(commands: Commands) -> None:
 
 
 def _run_verify(given: argparse.Namespace) -> None:
-    from pretrain.verify import verify
+    from pretrain.report.verify import verify
 
     verify(given.path)
 
@@ -114,7 +114,7 @@ def _status(commands: Commands) -> None:
 
 
 def _run_status(given: argparse.Namespace) -> None:
-    from pretrain.status import status
+    from pretrain.report.status import status
 
     status(given.run_dir, given.json)
 
@@ -125,7 +125,7 @@ def _doctor(commands: Commands) -> None:
 
 
 def _run_doctor(given: argparse.Namespace) -> None:
-    from pretrain.doctor import doctor
+    from pretrain.report.doctor import doctor
 
     doctor()
 
@@ -138,7 +138,7 @@ def _handoff(commands: Commands) -> None:
 
 
 def _run_handoff(given: argparse.Namespace) -> None:
-    from pretrain.handoff import handoff
+    from pretrain.bundles.handoff import handoff
 
     handoff(given.run_dir, given.out)
 
@@ -152,7 +152,7 @@ def _import_bart(commands: Commands) -> None:
 
 
 def _run_import_bart(given: argparse.Namespace) -> None:
-    from pretrain.bart import import_bart
+    from pretrain.bundles.bart import import_bart
 
     import_bart(given.model, given.out, given.tokenizer)
 
@@ -165,7 +165,7 @@ def _export_bart(commands: Commands) -> None:
 
 
 def _run_export_bart(given: argparse.Namespace) -> None:
-    from pretrain.bart import export_bart
+    from pretrain.bundles.bart import export_bart
 
     export_bart(given.bundle, given.out)
 

@@ -6,8 +6,8 @@ from itertools import groupby
 from typing import Any, get_args
 
 from pretrain import objectives, rng, runs
-from pretrain.bundle import load_bundle, read_description
-from pretrain.commit import Store
+from pretrain.bundles.bundle import load_bundle, read_description
+from pretrain.checkpoints.commit import Store
 from pretrain.config import ModelConfig, RunConfig, TrainConfig
 from pretrain.data.dataset import ShardDataset, Split
 from pretrain.data.order import BlendedOrder

@@ -28,7 +28,13 @@ def run(
     added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in commands:
         add(added)
-    given = parser.parse_args(arguments)
+    given, rest = parser.parse_known_args(arguments)
+    # argparse takes the overrides on one side of an option only.
+    settings = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(given, "overrides")]
+    if len(settings) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in settings)}")
+    if settings:
+        given.overrides += settings
     try:
         given.run(given)
     except ParlanceError as error:

@@ -17,8 +17,8 @@ from pretrain.engine import Engine
 from pretrain.errors import Requeue
 from pretrain.loop import Progress, StepReport, global_counts, global_means, weighted
 from pretrain.objectives import Preview
-from pretrain.progress import terms
-from pretrain.tensorboard import TensorBoard, plain
+from pretrain.watch.console import terms
+from pretrain.watch.tensorboard import TensorBoard, plain
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 Note = Callable[[str], None]

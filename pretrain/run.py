@@ -11,10 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import BaseModel
 
-from pretrain import checkpoint, config, cosine, cost, distributed, rng, runs
-from pretrain.commit import Store, disk_errors
+from pretrain import config, distributed, rng, runs
+from pretrain.checkpoints import checkpoint
+from pretrain.checkpoints.commit import Store, disk_errors
 from pretrain.config import EngineConfig, OptimConfig, TrainConfig
-from pretrain.cosine import GradientCosine
+from pretrain.cost import flops
+from pretrain.cost.peak import device_peak
 from pretrain.data.stream import SampleStream
 from pretrain.distributed import World, together
 from pretrain.engine import Engine
@@ -23,9 +25,10 @@ from pretrain.hooks import Save, Signals, Skips, StopOnSignal, Validation
 from pretrain.loop import Hook, Progress, StepReport, fit
 from pretrain.models import EncoderDecoder
 from pretrain.optim import learning_rate
-from pretrain.peak import device_peak
-from pretrain.progress import Console, Meter, short
-from pretrain.tensorboard import TensorBoard
+from pretrain.watch import cosine
+from pretrain.watch.console import Console, Meter, short
+from pretrain.watch.cosine import GradientCosine
+from pretrain.watch.tensorboard import TensorBoard
 
 Pictures = Callable[[], Mapping[str, np.ndarray]]
 PREVIEWS = 4
@@ -134,7 +137,7 @@ class Run:
         windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
         with self._journal(), closing(windows):  # a generator: its end ends its workers
             hooks = AllRanks(together(lambda: self._hooks(signals, texts)), self.folder)
-            return fit(self.engine, windows, rate, steps, self.progress, [hooks], cost.facts(self.model))
+            return fit(self.engine, windows, rate, steps, self.progress, [hooks], flops.facts(self.model))
 
     def _hooks(self, signals: Signals, texts: Hook | None) -> list[Hook]:
         """Periodic work in the order it is done after an update; saving comes last, when all else is on disk."""

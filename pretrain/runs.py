@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 
 from pretrain import config as configuration
-from pretrain.commit import disk_errors
+from pretrain.checkpoints.commit import disk_errors
 from pretrain.data.files import write_atomic
 from pretrain.data.manifest import Manifest
 from pretrain.distributed import World, count_hosts

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain import checkpoint, config, distributed, objectives, runs
+from pretrain import config, distributed, objectives, runs
 from pretrain.assemble import build_module, build_stream, complete_config, readable
+from pretrain.checkpoints import checkpoint
 from pretrain.config import RunConfig
 from pretrain.data.dataset import ShardDataset
 from pretrain.data.stream import FIXED_SEED, sample_rng
@@ -19,9 +20,9 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.flatten import flatten
 from pretrain.hooks import Signals, TextSamples
 from pretrain.loop import Hook, Progress
-from pretrain.pictures import mask_pictures
-from pretrain.progress import short
 from pretrain.run import PREVIEWS, Run, claim
+from pretrain.watch.console import short
+from pretrain.watch.pictures import mask_pictures
 
 # Tokens of the sample whose masks are drawn.
 PICTURED = 10

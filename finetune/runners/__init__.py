@@ -6,7 +6,7 @@ from typing import Any
 from finetune.runners.ar import Ar, ArOptions
 from finetune.runners.base import Runner, with_modes
 from finetune.runners.nar import Nar, NarOptions
-from pretrain.bundle_config import Description
+from pretrain.bundles.description import Description
 from pretrain.config import Section, choose
 
 __all__ = ["REGISTRY", "Runner", "build", "with_modes"]

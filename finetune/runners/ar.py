@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from finetune.decoding import BeamOptions, Generated, beam_search
-from pretrain.bundle_config import Description, Mode
+from pretrain.bundles.description import Description, Mode
 from pretrain.config import Rate, Section
 from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.incremental import StreamName

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from finetune.decoding import Generated
-from pretrain.bundle_config import Description, Mode
+from pretrain.bundles.description import Description, Mode
 from pretrain.models import EncoderDecoder, SourceRows
 
 

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from finetune.decoding import Generated, MaskPredictOptions, mask_predict
-from pretrain.bundle_config import Description, Mode
+from pretrain.bundles.description import Description, Mode
 from pretrain.config import Positive, Rate, Section
 from pretrain.models import EncoderDecoder, SourceRows
 

@@ -17,7 +17,7 @@ from harness import Row, medians, require
 from torch import Tensor
 
 from finetune.decoding import BeamOptions, Generated, MaskPredictOptions, beam_search, mask_predict
-from pretrain.bundle_config import BART_NAMES
+from pretrain.bundles.description import BART_NAMES
 from pretrain.config import ModelConfig
 from pretrain.models import EncoderDecoder, SourceRows, SpecialIds
 from pretrain.models.patterns import ArLayout

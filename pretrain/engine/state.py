@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain import distributed
+from pretrain.checkpoints.seal import read_json
 from pretrain.engine.base import Engine
 from pretrain.errors import CheckpointError, NonFiniteError, ParlanceError
-from pretrain.seal import read_json
 
 FORMAT = 1
 INDEX = "state.json"

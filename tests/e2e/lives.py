@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
-from pretrain.commit import Store
-from pretrain.seal import verify
+from pretrain.checkpoints.commit import Store
+from pretrain.checkpoints.seal import verify
 from tests.pretrain.runs import ROOT, environment
 
 RANKS = 2

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.__main__ import main
-from pretrain.findings import Finding
-from pretrain.verify import KINDS, recognise
+from pretrain.report.findings import Finding
+from pretrain.report.verify import KINDS, recognise
 from tests.pretrain.runs import write_config, write_text
 
 CASES, QUICK = 500, 60

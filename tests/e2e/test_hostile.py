@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from pretrain.__main__ import main
-from pretrain.bundle import load_bundle
-from pretrain.commit import Store
+from pretrain.bundles.bundle import load_bundle
+from pretrain.checkpoints.commit import Store
+from pretrain.checkpoints.seal import MANIFEST, manifest_bytes, seal_folder
 from pretrain.errors import CheckpointError
-from pretrain.seal import MANIFEST, manifest_bytes, seal_folder
 from tests.pretrain.runs import write_config, write_text
 
 

@@ -1,5 +1,6 @@
 """Every command of the README runs, in its order, with sizes cut down; and its figures are those of `make bench`."""
 
+import gzip
 import json
 import os
 import shlex
@@ -9,10 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.pretrain.bundles.test_bart import make_theirs, save
+from tests.pretrain.runs import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NARROW = ["model.d_model=32", "model.heads=2", "model.ffn_dim=32", "train.validate_every=0", "train.sample_every=0"]
+# The shape of the BART that stands in for the real one.
+TINY = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "heads": 2, "ffn_dim": 24, "max_positions": 512}
+ON_A_CPU = ["engine.precision=fp32", "batch.samples=4", "data.workers=0", *NARROW[3:]]
+ON_A_CPU += [f"model.{key}={value}" for key, value in TINY.items()]
 SMALLER = {
+    "configs/pretrain/janus_base.yaml": ON_A_CPU,
     "configs/pretrain/quickstart.yaml": ["train.steps=2", "train.save_every=2", "batch.tokens=256", *NARROW],
     "configs/pretrain/debug.yaml": ["train.steps=2"],
     "configs/finetune/stdlib_summaries/ar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
@@ -34,7 +43,10 @@ def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     if words[0] == "tensorboard":
         words.append("--inspect")
     beside = str(Path(sys.executable).parent)
-    env = os.environ | settings | {"PATH": f"{beside}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    here = {"PATH": f"{beside}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if words[:2] == ["deepspeed", "--module"]:  # without a GPU the launcher must be told how many ranks
+        words[1:1] = ["--num_gpus", "1"]
+    env = os.environ | here | settings
     return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -43,6 +55,12 @@ def checkout(tmp_path: Path) -> Path:
     """A folder that looks like the checkout, so that what the commands write stays out of it."""
     for name in ("pretrain", "finetune", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    save(
+        make_theirs(max_position_embeddings=TINY["max_positions"]), tmp_path / "bart-base"
+    )  # random and tiny, in the layout of the real one
+    (tmp_path / "corpus").mkdir()
+    text = write_text(tmp_path / "corpus" / "a.txt", 60)
+    (tmp_path / "corpus" / "a.txt.gz").write_bytes(gzip.compress(text.read_bytes()))
     return tmp_path
 
 

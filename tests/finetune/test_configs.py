@@ -6,7 +6,7 @@ import pytest
 
 from finetune import runners, tasks
 from finetune.config import TuneConfig
-from pretrain.bundle_config import Description, Mode
+from pretrain.bundles.description import Description, Mode
 from pretrain.config import load
 from pretrain.models.patterns import ArLayout, Layout
 from pretrain.objectives import build

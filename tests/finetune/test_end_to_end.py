@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from finetune.__main__ import main
-from pretrain.bundle import load_bundle, write_bundle
-from pretrain.bundle_config import Description, Mode
+from pretrain.bundles.bundle import load_bundle, write_bundle
+from pretrain.bundles.description import Description, Mode
 from pretrain.config import ModelConfig
 from pretrain.data.tokenizer import TextTokenizer, train_bpe
 from pretrain.models import EncoderDecoder, SpecialIds

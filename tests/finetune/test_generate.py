@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from finetune import runners
 from finetune.generate import batches, without_repeats
-from pretrain.bundle_config import Description, Mode
+from pretrain.bundles.description import Description, Mode
 from pretrain.errors import ConfigError
 from pretrain.models.patterns import ArLayout
 from pretrain.objectives import Example, ObjectiveModule, build

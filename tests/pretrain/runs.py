@@ -10,8 +10,8 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pretrain.checkpoints.seal import MANIFEST, describe, manifest_bytes, number, plain_files
 from pretrain.runs import read_events
-from pretrain.seal import MANIFEST, describe, manifest_bytes, number, plain_files
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = (

@@ -23,8 +23,8 @@ from pretrain.errors import Requeue
 from pretrain.hooks import Save, Signals, Skips, StopOnSignal, TextSamples, Validation
 from pretrain.loop import Progress, StepReport
 from pretrain.objectives import Preview
-from pretrain.progress import Console, Meter, clock, short
-from pretrain.tensorboard import TensorBoard, plain
+from pretrain.watch.console import Console, Meter, clock, short
+from pretrain.watch.tensorboard import TensorBoard, plain
 
 
 def report(step, last=False, **changes):

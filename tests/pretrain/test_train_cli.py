@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pretrain.__main__ import main
-from pretrain.bundle import load_bundle
+from pretrain.bundles.bundle import load_bundle
 from pretrain.data.manifest import read_manifest
 from pretrain.objectives.janus import Janus
 from pretrain.runs import read_events

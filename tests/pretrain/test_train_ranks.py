@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pretrain.__main__ import main
-from pretrain.bundle import load_bundle
+from pretrain.bundles.bundle import load_bundle
 from pretrain.runs import read_events
 from tests.pretrain.runs import ROOT, environment, scalars, wait_for_save, write_config, write_text
 

@@ -1,0 +1,257 @@
+"""The hand-off bundle: a folder with everything that fine-tuning needs and a proof that it was read right.
+
+    model.safetensors       fp32 weights by parameter name of Hugging Face's BartModel, tied ones once
+    config.json             BART's field names; what BART has no name for is in its `parlance` section
+    tokenizer.json  generation_config.json
+    provenance.json         run, step, configuration, versions, sources and licences
+    golden.safetensors      a fixed input and its logits per mode
+    manifest.json           size and sha256 of all of these (pretrain/checkpoints/seal.py)
+
+A bundle appears whole or not at all; loading one checks every bit and computes the golden logits again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.bundles.description import Description, from_bart, generation_config, to_bart
+from pretrain.checkpoints import seal
+from pretrain.checkpoints.commit import disk_errors
+from pretrain.data.files import sha256_of
+from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer
+from pretrain.errors import CheckpointError, DataError
+from pretrain.models import EncoderDecoder
+from pretrain.models.golden import golden
+
+CONFIG, WEIGHTS, GOLDEN = "config.json", "model.safetensors", "golden.safetensors"
+GENERATION, PROVENANCE = "generation_config.json", "provenance.json"
+TIED = "head.weight"  # the same tensor as shared.weight
+# Another CPU or thread count sums in another order; a wrong weight is off by whole units.
+GOLDEN_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What `load_bundle` returns. golden_error: largest difference of the recomputed logits, None if not verified."""
+
+    model: EncoderDecoder
+    description: Description
+    tokenizer: TextTokenizer
+    provenance: dict[str, Any]
+    golden_error: float | None
+
+
+def write_bundle(
+    out: str | Path,
+    weights: Mapping[str, Tensor],
+    description: Description,
+    tokenizer: TextTokenizer,
+    provenance: Mapping[str, Any],
+) -> Path:
+    """Writes a bundle beside `out` and renames it into place; an older bundle there is replaced.
+
+    Args:
+        weights: {name in EncoderDecoder: tensor}; with or without the tied `head.weight`.
+
+    Raises:
+        CheckpointError: `out` exists and is no bundle, or `weights` do not fit the description.
+    """
+    target = Path(out)
+    check_replaceable(target)
+    stored = {name: value.float().contiguous() for name, value in weights.items() if name != TIED}
+    model = build_model(description, stored, where="weights")
+    with whole_folder(target) as staging:
+        save_file(stored, staging / WEIGHTS, metadata={"format": "pt"})
+        save_file(golden(model, description.layout, description.modes), staging / GOLDEN)
+        write_json(staging / CONFIG, to_bart(description))
+        write_json(staging / GENERATION, generation_config(description))
+        write_json(staging / PROVENANCE, provenance)
+        tokenizer.save(staging)
+        seal.seal_folder(staging, step=0)
+    return target
+
+
+def check_replaceable(target: Path) -> None:
+    """Raises CheckpointError where something other than a bundle lies at `target`."""
+    if target.exists() and not is_bundle(target):
+        raise CheckpointError(f"`{target}` exists and is no bundle: it is not overwritten, name another folder")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into; at the end it is on disk and takes the place of `target`.
+
+    Raises:
+        DiskError: the disk is full, over quota or read-only.
+    """
+    with disk_errors(target):
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        staging = target.with_name(f".{target.name}.staging")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            yield staging
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        for path in staging.iterdir():
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
+            _sync(path)
+        _sync(staging)
+        trash = target.with_name(f".{target.name}.trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        if target.exists():
+            target.rename(trash)
+        staging.rename(target)
+        _sync(target.absolute().parent)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def load_bundle(path: str | Path, verify: bool = True, backend: str = "auto") -> Bundle:
+    """Reads a bundle on the CPU, in eval mode.
+
+    Args:
+        verify: hash every file, compute the golden logits again and refuse a difference above 1e-4 of their largest
+            value.
+
+    Raises:
+        CheckpointError: a file is missing or broken, the architecture is another, or the logits differ.
+    """
+    folder = Path(path)
+    if verify:
+        check_seal(folder)
+    description, tokenizer = read_description(folder)
+    if tokenizer.vocab_size > (description.model.vocab_size or 0):
+        raise CheckpointError(
+            f"`{folder}`: `vocab_size` must be at least the tokenizer's {tokenizer.vocab_size}, "
+            f"got {description.model.vocab_size}"
+        )
+    model = build_model(description, _read_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS), backend=backend)
+    golden_error = _golden_error(model, description, folder / GOLDEN) if verify else None
+    return Bundle(model, description, tokenizer, _read_json(folder / PROVENANCE), golden_error)
+
+
+def check_seal(folder: Path) -> None:
+    """Raises CheckpointError naming the first file that is not as it was written; a bundle without manifest is not."""
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"bundle `{folder}` lacks {CONFIG}")
+    for problem in seal.verify(folder, step_in_name=False):
+        raise CheckpointError(f"bundle `{folder}` is not as it was written: {problem}")
+
+
+def read_description(path: str | Path) -> tuple[Description, TextTokenizer]:
+    """What a bundle says about its model, and its tokenizer; weights are not read.
+
+    Raises:
+        CheckpointError: a file is missing or broken.
+    """
+    folder = Path(path)
+    description = from_bart(_read_json(folder / CONFIG), where=str(folder / CONFIG))
+    try:
+        return description, TextTokenizer.from_path(folder)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def content_sha256(path: str | Path) -> str:
+    """What tells one bundle from another without reading its weights: configuration, tokenizer and golden logits."""
+    hashes = (sha256_of(Path(path) / name) for name in (CONFIG, TOKENIZER_FILE, GOLDEN))
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def is_bundle(folder: Path) -> bool:
+    """True for a folder whose config.json has our section."""
+    try:
+        return "parlance" in _read_json(folder / CONFIG)
+    except CheckpointError:
+        return False
+
+
+def build_model(
+    description: Description, weights: Mapping[str, Tensor], where: str, backend: str = "auto"
+) -> EncoderDecoder:
+    """The described model with exactly these weights, in eval mode; raises CheckpointError naming the first misfit."""
+    try:
+        with torch.device("meta"):  # a size that is wrong must end in an error, not in an allocation
+            shapes = EncoderDecoder(description.model, description.ids, backend=backend).state_dict()
+    except (RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"`{where}`: no model can be so large: {str(error).splitlines()[0]}") from None
+    wanted = {name: tuple(value.shape) for name, value in shapes.items() if name != TIED}
+    for name, shape in wanted.items():
+        if name not in weights:
+            raise CheckpointError(f"`{where}` is of another architecture: it lacks `{name}`")
+        if tuple(weights[name].shape) != shape:
+            found = tuple(weights[name].shape)
+            raise CheckpointError(f"`{where}` is of another architecture: `{name}` must be {shape}, is {found}")
+    for name in weights:
+        if name not in wanted:
+            raise CheckpointError(f"`{where}` is of another architecture: the model has no `{name}`")
+    model = EncoderDecoder(description.model, description.ids, backend=backend)
+    model.load_state_dict({**weights, TIED: weights["shared.weight"]})
+    return model.eval()
+
+
+def _golden_error(model: EncoderDecoder, description: Description, path: Path) -> float:
+    expected = _read_tensors(path)
+    found = golden(model, description.layout, description.modes)
+    if expected.keys() != found.keys():
+        raise CheckpointError(f"`{path}` must hold {', '.join(sorted(found))}, holds {', '.join(sorted(expected))}")
+    worst = 0.0
+    for name, logits in found.items():
+        right = expected[name]
+        if right.shape != logits.shape:
+            raise CheckpointError(f"`{path}`: `{name}` must be of shape {tuple(logits.shape)}, is {tuple(right.shape)}")
+        difference = float((logits.double() - right.double()).abs().max())
+        limit = GOLDEN_TOLERANCE * max(1.0, float(right.double().abs().max())) if name.startswith("logits/") else 0.0
+        if not difference <= limit:
+            raise CheckpointError(
+                f"`{path.parent}` does not compute what it was written with: `{name}` differs by "
+                f"{difference:.3g}, at most {limit:.3g} is allowed"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"bundle `{path.parent}` lacks {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{path}` cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"`{path}` must hold an object, got {type(values).__name__}")
+    return values
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"bundle `{path.parent}` lacks {path.name}") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"`{path}` cannot be read: {' '.join(str(error).split())}") from None
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """`values` as readable JSON."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Checkpoints that a kill, a full disk or a flipped bit cannot take away."""

@@ -1,0 +1,1 @@
+"""What training takes: operations, memory, and the most a device can do."""

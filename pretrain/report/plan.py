@@ -1,0 +1,251 @@
+"""`plan`: what a configuration will take, before anyone waits for it. Starts nothing and writes nothing.
+
+Batch, length, parameters, disk and operations are arithmetic on the configuration and the index of the data; memory is
+arithmetic with an estimate for activations; time is measured with a few updates on this machine.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import accumulate
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pretrain import config, distributed
+from pretrain.assemble import build_module, build_stream, complete_config
+from pretrain.config import RunConfig
+from pretrain.cost.flops import Flops, batch_flops, parameters_by_part
+from pretrain.cost.memory import Memory, activation_bytes, checkpoint_bytes, rank_memory
+from pretrain.cost.peak import device_peak
+from pretrain.data.dataset import ShardDataset
+from pretrain.data.plan import StepPlan
+from pretrain.data.stream import SampleStream, Window
+from pretrain.distributed import World
+from pretrain.engine import build
+from pretrain.errors import DiskError
+from pretrain.loop import Progress, StepReport, fit
+from pretrain.objectives import ObjectiveModule
+from pretrain.report.findings import shown_bytes
+from pretrain.train import complete_options
+from pretrain.watch.console import clock, short
+
+UPDATES = 3  # measured; the first one warms up
+# Without being asked, measure for about so long at most, supposing that this part of the peak is reached.
+PATIENCE_SECONDS, EXPECTED_MFU = 30.0, 0.25
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the table is made of. flops, samples, tokens: of one update over all ranks, the first one.
+
+    data_seconds: one process takes to read, corrupt and pack the samples of an update.
+    """
+
+    settings: RunConfig
+    stream: SampleStream
+    module: ObjectiveModule
+    ranks: int
+    step: StepPlan
+    flops: Flops
+    memory: Memory
+    capacity: int
+    checkpoint: int
+    data_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.capacity
+
+
+def plan(config_path: str | Path, overrides: Sequence[str] = (), ranks: int = 1, measure: bool | None = None) -> None:
+    """Prints the table for `ranks` ranks.
+
+    measure: run updates here to tell the time; None: if they fit and take seconds.
+
+    Raises:
+        ParlanceError: whatever `train` would refuse; DiskError if the checkpoints do not fit beside each other.
+    """
+    with ExitStack() as stack:
+        world = distributed.init()
+        stack.callback(distributed.shutdown)
+        settings = complete_options(config.load(RunConfig, config_path, overrides))
+        dataset = ShardDataset(settings.data.path, settings.data.on_bad_shard)
+        # The table needs no weights; the bundle has given the shape of the model.
+        settings = complete_config(settings, dataset).model_copy(update={"init_from": None})
+        figures = _figures(settings, dataset, world.device, ranks)
+        print(f"plan of {config_path} for {settings.run_dir}; nothing is started")
+        for title, lines in _table(figures, world.device):
+            print(f"\n{title}", *lines, sep="\n  ")
+        print("\ntime", *_time(figures, dataset, world, measure), sep="\n  ", flush=True)
+        _check_disk(figures)
+
+
+def _figures(settings: RunConfig, dataset: ShardDataset, device: torch.device, ranks: int) -> Figures:
+    with torch.device("meta"):
+        module = build_module(settings, dataset)
+    stream = build_stream(settings, dataset, module.objective, World(0, ranks, 0, device))
+    stream.workers = 0
+    started = time.perf_counter()
+    with closing(stream.windows(0, 0, 1)) as windows:
+        batches: Sequence[Any] = next(windows).batches
+    data_seconds = time.perf_counter() - started
+    step, model, engine = stream.plan_step(0, ranks), settings.model, settings.engine
+    # One sample more or less decides which rank has the most.
+    largest = min(settings.batch.micro_max_tokens, step.tokens // ranks + stream.corpus.longest)
+    kept = max(
+        activation_bytes(model, batch, engine.precision, device.type, engine.activation_checkpointing) / batch.n_tokens
+        for batch in batches
+    )
+    return Figures(
+        settings=settings,
+        stream=stream,
+        module=module,
+        ranks=ranks,
+        step=step,
+        flops=reduce(add, (batch_flops(model, batch) for batch in batches)),
+        memory=rank_memory(module, model, engine, ranks, device.type, int(kept * largest)),
+        capacity=_capacity(device, ranks),
+        checkpoint=checkpoint_bytes(module, ranks),
+        data_seconds=data_seconds,
+    )
+
+
+def _table(figures: Figures, device: torch.device) -> Iterator[tuple[str, list[str]]]:
+    """(title, lines) of each block but the time."""
+    settings, step, ranks = figures.settings, figures.step, figures.ranks
+    batch, train, engine = settings.batch, settings.train, settings.engine
+    micros, samples = len(step.micro[0]), sum(figures.stream.corpus.sizes)
+    given = f"{batch.samples:,} samples" if batch.samples else f"at most {batch.tokens:,} target tokens"
+    yield (
+        f"batch: {given} an update",
+        [
+            f"the first one {step.count:,} samples, {step.tokens:,} target tokens",
+            f"= {ranks} rank(s) x {micros} micro-batch(es) of at most {batch.micro_max_tokens:,} tokens, accumulated",
+        ],
+    )
+    epochs = figures.stream.epoch(step.count * train.steps)
+    yield (
+        f"length: {train.steps:,} updates",
+        [f"about {short(step.tokens * train.steps)} tokens, {epochs:.2f} epochs of {samples:,} samples"],
+    )
+    parts = parameters_by_part(figures.module.model)
+    yield f"parameters: {sum(parts.values()):,}", [f"{count:>14,}  {part}" for part, count in parts.items()]
+
+    how = f"ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else "local"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's memory, shared by ranks"
+    verdict = "fits in" if figures.fits else "does NOT fit in"
+    total, room = shown_bytes(figures.memory.total), shown_bytes(figures.capacity)
+    yield (
+        f"memory of a rank, {how} {engine.precision}: {total}, {verdict} {room} ({where})",
+        [
+            *(f"{shown_bytes(count):>14}  {part}" for part, count in figures.memory.device.items() if count),
+            *(f"{shown_bytes(count):>14}  {part}, in the host's memory" for part, count in figures.memory.host.items()),
+            "activations and buffers are estimates; Python and torch themselves come on top",
+        ],
+    )
+    copies, free = train.keep + 1, shutil.disk_usage(_existing(settings.run_dir)).free
+    yield (
+        f"disk: {shown_bytes(copies * figures.checkpoint)} of {shown_bytes(free)} free",
+        [f"{train.keep} checkpoint(s) kept and one being written, {shown_bytes(figures.checkpoint)} each"],
+    )
+    flops = figures.flops
+    yield (
+        f"work: {short(flops.training)}FLOP an update",
+        [
+            f"{getattr(flops, part) / flops.forward:>14.0%}  {part}"
+            for part in ("encoder", "decoder", "attention", "heads")
+        ],
+    )
+
+
+def _time(figures: Figures, dataset: ShardDataset, world: World, measure: bool | None) -> list[str]:
+    """The lines about time: measured here and put in proportion, or why not."""
+    settings, device, work = figures.settings, world.device, figures.flops.training
+    if measure is False:
+        return ["not measured"]
+    peak = device_peak(device, settings.engine.precision)
+    # Each GPU has a rank of its own; ranks on a CPU are faster together only where one leaves cores to the others.
+    cores = len(os.sched_getaffinity(0)) // torch.get_num_threads()
+    speedup = figures.ranks if device.type == "cuda" else max(1, min(figures.ranks, cores))
+    budget = PATIENCE_SECONDS * EXPECTED_MFU * peak.flops / UPDATES
+    stream = figures.stream
+    with closing(stream.windows(0, 0, speedup)) as windows:
+        window = next(windows)
+    batches: Sequence[Any] = window.batches
+    sums = list(accumulate(batch_flops(settings.model, batch).training for batch in batches))
+    if measure is None and not figures.fits:
+        return ["not measured, as it does not fit; --measure tries"]
+    if measure is None and sums[0] > budget:
+        seconds = sums[0] * UPDATES / peak.flops / EXPECTED_MFU
+        return [f"not measured: it may take {clock(seconds)} on this {device.type}; --measure does it"]
+    micros = max(1, sum(done <= budget for done in sums))
+    seconds = _measure(settings, dataset, world, replace(window, batches=window.batches[:micros]))
+    compute = seconds * work / speedup / sums[micros - 1]
+    workers = settings.data.workers * figures.ranks
+    data = figures.data_seconds / max(1, workers)
+    update = max(compute, data) if workers else compute + data
+    # only what ranks do at once counts
+    reached = work / update / (peak.flops * speedup)
+    part = "" if micros == len(sums) else f", {micros} of {len(sums)} micro-batches"
+    return [
+        f"{update:.3g} s an update, {clock(update * settings.train.steps)} in all (h:mm:ss), "
+        "without validation, saving and messages between ranks",
+        f"{short(figures.step.tokens / update)} target tokens/s, "
+        f"MFU {reached:.0%} of {short(peak.flops * speedup)}FLOP/s ({peak.source})",
+        f"computing {compute:.3g} s (measured here on {device.type}{part}); "
+        f"reading {data:.3g} s in {workers or 'no'} worker(s)",
+    ]
+
+
+def _measure(settings: RunConfig, dataset: ShardDataset, world: World, window: Window) -> float:
+    """Seconds of an update that computes `window`, with learning rate 0."""
+    alone = World(0, 1, world.local_rank, world.device)
+    engine = build(settings.engine, settings.optim, build_module(settings, dataset), alone)
+    clocked = _Clock()
+    fit(engine, iter([window] * UPDATES), lambda step: 0.0, UPDATES, Progress(), [clocked])
+    return min(clocked.seconds[1:])
+
+
+class _Clock:
+    """Hook that keeps the times of updates."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def after_step(self, report: StepReport) -> None:
+        self.seconds.append(report.seconds - report.wait_seconds)
+
+
+def _check_disk(figures: Figures) -> None:
+    folder, copies = figures.settings.run_dir, figures.settings.train.keep + 1
+    needed, free = copies * figures.checkpoint, shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        raise DiskError(
+            f"`{folder}` must have room for {copies} checkpoints, {shown_bytes(needed)}; {shown_bytes(free)} are free: "
+            "lower `train.keep` or choose another `runs`"
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _capacity(device: torch.device, ranks: int) -> int:
+    """Bytes that one rank may fill: its GPU, or its share of the memory that this machine gives to us."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [psutil.virtual_memory().total]
+    if CGROUP_LIMIT.is_file() and (text := CGROUP_LIMIT.read_text().strip()).isdecimal():
+        limits.append(int(text))
+    return min(limits) // ranks

@@ -1,0 +1,238 @@
+"""`status RUN`: is it running, how far is it, when will it be done, and how much of its time was put to use.
+
+Everything is read from the folder of the run, so it works beside a running job, from another host, and for a run that
+died: events.jsonl tells of lives and saves, the board (its newest event file) of the updates since, the kernel of the
+lock. Goodput is
+
+    seconds of updates whose result is in a checkpoint that the run went on from / seconds since the first start
+
+Updates that a kill threw away, validation, saving, starting and waiting in a queue are in the denominator alone. For a
+run that is not running the clock stops at its last sign of life. A save that tells no `seconds` counts with the time
+since the save or start before it.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain import config as configuration
+from pretrain import runs
+from pretrain.checkpoints.checkpoint import read_progress
+from pretrain.checkpoints.commit import Store
+from pretrain.checkpoints.holder import holder
+from pretrain.config import TrainConfig
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.loop import Progress
+from pretrain.report.findings import folder_bytes, shown_bytes
+from pretrain.watch.console import clock, short
+
+# How a life ended, by its last event; a life without one of these was killed.
+ENDS = {"finish": "finished", "stop": "stopped by a signal", "error": "failed"}
+RECENT = 4000  # values of the board that the pace is measured on
+PACE, SPEED = "loss/total", "speed/tokens_per_second"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `--json` prints. Times are seconds; None where the run does not tell yet.
+
+    state: running, finished, stopped by a signal, failed or killed. by: the job that holds the run. step: last logged
+    update. verified_step: of the newest intact checkpoint, which is where the next start resumes. problem: why there is
+    none. tokens: seen at that checkpoint. seconds_left: of training, at the pace of the last updates.
+    """
+
+    run: str
+    state: str
+    by: str | None
+    step: int | None
+    steps: int
+    verified_step: int | None
+    problem: str | None
+    latest: str | None
+    tokens: int | None
+    checkpoints: int
+    checkpoint_bytes: int
+    seconds_since_save: float | None
+    seconds_since_sign: float
+    seconds_per_update: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    seconds_since_start: float
+    goodput: float | None
+    restarts: int
+    skipped_updates: int
+    errors: int
+    last_error: str | None
+
+
+def status(run_dir: str | Path, as_json: bool = False) -> None:
+    """Prints what `read_status` finds, for people or as JSON."""
+    found = read_status(Path(run_dir), time.time())
+    print(json.dumps(asdict(found), indent=1) if as_json else describe(found))
+
+
+def read_status(run: Path, now: float) -> Status:
+    """Reads the folder of a run, which may be in use.
+
+    Raises:
+        CheckpointError: it is no run, or one that never started.
+    """
+    steps, events = _steps(run), _events(run)
+    by, store, board = holder(run), Store(run), Board.read(run / runs.BOARD)
+    newest, problem = _newest(store)
+    begins = [event for event in events if event["event"] in ("start", "resume")]
+    saves = kept_saves(events)
+    errors = [event for event in events if event["event"] == "error"]
+    ended = next((event["event"] for event in reversed(events) if event["event"] in (*ENDS, "start", "resume")), "")
+    sign = max(events[-1]["time"], board.time if board else 0.0)
+    passed = (now if by else sign) - events[0]["time"]
+    progress = None if newest is None else Progress.from_json(read_progress(newest)["progress"])
+    step = max([event["step"] for event in events[-1:]] + ([board.step] if board else []))
+    return Status(
+        run=str(run),
+        state="running" if by else ENDS.get(ended, "killed"),
+        by=by,
+        step=step,
+        steps=steps,
+        verified_step=progress.step if progress else None,
+        problem=problem,
+        latest=store.pointer(),
+        tokens=progress.tokens if progress else None,
+        checkpoints=len(store.commits()),
+        checkpoint_bytes=folder_bytes(store.folder),
+        seconds_since_save=now - saves[-1]["time"] if saves else None,
+        seconds_since_sign=now - sign,
+        seconds_per_update=board.seconds_per_update if board else None,
+        tokens_per_second=board.tokens_per_second if board else None,
+        seconds_left=board.seconds_per_update * (steps - step) if board and board.seconds_per_update else None,
+        seconds_since_start=passed,
+        goodput=min(1.0, sum(save["seconds"] for save in saves) / passed) if passed > 0 else None,
+        restarts=len(begins) - 1,
+        skipped_updates=sum(event["event"] == "skip" for event in events),
+        errors=len(errors),
+        last_error=f"{errors[-1].get('kind')}: {errors[-1].get('message')}" if errors else None,
+    )
+
+
+def kept_saves(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saves that the run still stands on, each with the `seconds` of updates since the one before it.
+
+    A start or resume at step n throws away what was saved beyond n: those checkpoints were damaged or lost.
+    """
+    saves: list[dict[str, Any]] = []
+    before = 0.0
+    for event in events:
+        if event["event"] in ("start", "resume"):
+            saves = [save for save in saves if save["step"] <= event["step"]]
+        elif event["event"] == "save":
+            told = event.get("seconds")
+            seconds = told if isinstance(told, int | float) else event["time"] - before
+            saves.append({**event, "seconds": max(0.0, seconds)})
+        else:
+            continue
+        before = event["time"]
+    return saves
+
+
+@dataclass(frozen=True)
+class Board:
+    """The last updates on the board of the newest life. time: when it was written to."""
+
+    step: int
+    time: float
+    seconds_per_update: float | None
+    tokens_per_second: float | None
+
+    @classmethod
+    def read(cls, folder: Path) -> "Board | None":
+        """Reads the newest event file; None where no update is on it yet."""
+        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        files = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+        if not files:
+            return None
+        raw = deque(RawEventFileLoader(str(files[-1])).Load(), maxlen=RECENT)
+        parsed = [(event, value) for event in map(Event.FromString, raw) for value in event.summary.value]
+        paces = [(event.step, event.wall_time) for event, value in parsed if value.tag == PACE]
+        speeds = [value.simple_value for _, value in parsed if value.tag == SPEED]
+        if not paces:
+            return None
+        (first_step, first_time), (step, last_time) = paces[0], paces[-1]
+        pace = (last_time - first_time) / (step - first_step) if step > first_step else None
+        return cls(step, files[-1].stat().st_mtime, pace, speeds[-1] if speeds else None)
+
+
+def describe(found: Status) -> str:
+    """The status for people, a line for each question they have."""
+
+    def ago(seconds: float | None) -> str:
+        return "never" if seconds is None else f"{clock(seconds)} ago"
+
+    pointed = "latest names it" if found.latest == _name(found.verified_step) else f"latest names {found.latest}"
+    verified = "nothing yet" if found.verified_step is None else f"step {found.verified_step:,}, verified, {pointed}"
+    share = f" ({found.step / found.steps:.1%})" if found.step is not None and found.steps else ""
+    pace = "not known yet"
+    if found.seconds_per_update is not None:
+        pace = f"{found.seconds_per_update:.3g} s an update"
+        pace += f", {short(found.tokens_per_second)} tokens/s" if found.tokens_per_second is not None else ""
+    left = "not known yet" if found.seconds_left is None else clock(found.seconds_left)
+    if found.by and found.seconds_left is not None:
+        left += f", until {time.strftime('%a %d %b %H:%M', time.localtime(time.time() + found.seconds_left))}"
+    of_time = f" of {clock(found.seconds_since_start)} since the first start"
+    lines = {
+        "state": f"{found.state}, {found.by}" if found.by else found.state,
+        "step": f"{found.step or 0:,} of {found.steps:,}{share}, last sign of life {ago(found.seconds_since_sign)}",
+        "saved": f"{found.problem or verified}, {ago(found.seconds_since_save)}",
+        "disk": f"{found.checkpoints} checkpoints, {shown_bytes(found.checkpoint_bytes)}",
+        "tokens": f"{found.tokens or 0:,} at that checkpoint",
+        "pace": pace,
+        "left": left,
+        "goodput": "not known yet" if found.goodput is None else f"{found.goodput:.0%}{of_time}",
+        "lives": f"{found.restarts} restarts, {found.errors} errors, {found.skipped_updates} skipped updates",
+    }
+    if found.last_error:
+        lines["error"] = found.last_error
+    return "\n".join([f"run {found.run}", *(f"  {name:8} {text}" for name, text in lines.items())])
+
+
+def _steps(run: Path) -> int:
+    """Updates that the configuration of a run asks for, of pre-training or of tuning."""
+    if not (run / runs.CONFIG).exists():
+        raise CheckpointError(f"`{run}` must be the folder of a run, it has no {runs.CONFIG}")
+    try:
+        train = configuration.read_yaml(run / runs.CONFIG).get("train")
+        return configuration.validate(TrainConfig, train, where="train").steps
+    except ConfigError as error:
+        raise CheckpointError(f"`{run / runs.CONFIG}` is damaged: {error}") from None
+
+
+def _events(run: Path) -> list[dict[str, Any]]:
+    """The events that are whole; raises CheckpointError where there is none yet."""
+    kinds = {"event": str, "step": int, "time": float}
+    events = [
+        event for event in runs.read_events(run) if all(isinstance(event.get(key), kind) for key, kind in kinds.items())
+    ]
+    if not events:
+        raise CheckpointError(f"run `{run}` has not begun: {runs.EVENTS} is empty")
+    return events
+
+
+def _newest(store: Store) -> tuple[Path | None, str | None]:
+    """The newest intact checkpoint, or why there is none; retention may delete one while it is being read."""
+    for _ in range(3):
+        try:
+            return store.latest(), None
+        except FileNotFoundError:
+            continue
+        except CheckpointError as error:
+            return None, str(error)
+    return None, "checkpoints come and go too fast to be read"
+
+
+def _name(step: int | None) -> str | None:
+    return None if step is None else f"step-{step:08d}"

@@ -1,0 +1,128 @@
+"""`plan`: its arithmetic against the stream and the run it speaks of, and what it refuses."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from pretrain.__main__ import main
+from pretrain.report import plan as planning
+from tests.pretrain.runs import write_config, write_text
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    text, out = write_text(folder / "a.txt", 200), folder / "data"
+    source = f"tiny=text:{text}"
+    assert main(["prepare", "--out", str(out), "--source", source, "--train-tokenizer", "300", "--workers", "1"]) == 0
+    return out
+
+
+@pytest.fixture
+def planned(data, tmp_path, capsys):
+    """Plans the tiny run; returns what was printed."""
+
+    def run(*arguments, code=0):
+        capsys.readouterr()
+        assert main(["plan", str(write_config(tmp_path, data)), *arguments]) == code
+        assert not (tmp_path / "runs").exists(), "nothing is written"
+        return capsys.readouterr()
+
+    return run
+
+
+def number(pattern, text):
+    found = re.search(pattern, text)
+    assert found, (pattern, text)
+    return float(found[1].replace(",", ""))
+
+
+def test_the_table_holds_the_arithmetic_of_the_run(planned, data, tmp_path):
+    out = planned("train.steps=10", "--no-measure").out
+    assert "batch: 6 samples an update" in out and "length: 10 updates" in out
+    tokens = number(r"6 samples, ([\d,]+) target tokens", out)
+    micros = number(r"1 rank\(s\) x (\d+) micro-batch", out)
+    assert micros >= tokens / 96
+    samples = number(r"epochs of ([\d,]+) samples", out)
+    assert number(r"tokens, ([\d.]+) epochs", out) == pytest.approx(60 / samples, abs=0.01)
+    for title in ("parameters: ", "memory of a rank, local fp32: ", "disk: ", "work: ", "time"):
+        assert f"\n{title}" in out
+    assert "fits in" in out and "not measured" in out
+
+    assert main(["train", str(write_config(tmp_path, data)), "train.steps=1"]) == 0
+    run = tmp_path / "runs" / "tiny"
+    state = json.loads((run / "checkpoints" / "step-00000001" / "state.json").read_text())
+    count = sum(int.__mul__(*shape) if len(shape) == 2 else shape[0] for shape in state["parameters"].values())
+    assert number(r"parameters: ([\d,]+)", out) == count
+    weighs = sum(file.stat().st_size for file in (run / "checkpoints" / "step-00000001").iterdir())
+    assert number(r"being written, ([\d.]+) kB each", out) * 1000 == pytest.approx(weighs, rel=0.01)
+    shutil.rmtree(tmp_path / "runs")
+
+
+def test_ranks_cut_the_batch_and_shard_the_optimizer(planned):
+    def line(out, kind):
+        return number(rf"([\d.]+) kB  {kind}\n", out)
+
+    zero = ("engine.kind=deepspeed", "engine.zero_stage=2", "--no-measure")
+    alone, four = planned(*zero).out, planned(*zero, "--ranks", "4").out
+    assert "= 4 rank(s) x" in four and line(four, "optimizer") == pytest.approx(line(alone, "optimizer") / 4, rel=0.01)
+    assert line(four, "weights") == line(alone, "weights")
+    assert re.search(r"work: (\S+)FLOP", four)[1] == re.search(r"work: (\S+)FLOP", alone)[1], (
+        "ranks share the same work"
+    )
+
+
+def test_time_is_measured_by_real_updates(planned):
+    out = planned("train.steps=100", "--measure").out
+    update = number(r"([\d.]+) s an update, 0:", out)
+    tokens = number(r"6 samples, ([\d,]+) target tokens", out)
+    assert number(r"([\d.]+)k? target tokens/s", out) * (1000 if "k target" in out else 1) == pytest.approx(
+        tokens / update, rel=0.06
+    )
+    assert number(r"MFU (\d+)%", out) <= 100 and "measured here on cpu)" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("optim.lrr=1", 3, "unknown key `optim.lrr`"),
+        ("model.max_positions=16", 3, "`model.max_positions` must be at least"),
+        ("batch.micro_max_tokens=16", 3, "`batch.micro_max_tokens` must be at least"),
+        ("data.path=nowhere", 4, "data folder `nowhere`"),
+        ("init_from=nowhere", 5, "nowhere"),
+    ],
+)
+def test_what_train_would_refuse_is_refused(override, code, message, planned):
+    err = planned(override, "--no-measure", code=code).err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_an_error_below_the_table(planned, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    found = planned("--no-measure", code=6)
+    assert "work: " in found.out and "must have room for 3 checkpoints" in found.err and found.err.count("\n") == 1
+
+
+def test_a_machine_too_small_is_said_and_not_tried(planned, monkeypatch):
+    monkeypatch.setattr(planning, "_capacity", lambda device, ranks: 1000)
+    out = planned().out
+    assert "does NOT fit in 1000 B" in out and "not measured, as it does not fit; --measure tries" in out
+    monkeypatch.undo()
+    monkeypatch.setattr(planning, "PATIENCE_SECONDS", 1e-9)
+    assert "not measured: it may take" in planned().out
+
+
+def test_memory_is_shared_by_ranks_and_limited_by_a_container(monkeypatch, tmp_path):
+    import torch
+
+    cpu = torch.device("cpu")
+    assert planning._capacity(cpu, 4) == planning._capacity(cpu, 1) // 4
+    (tmp_path / "memory.max").write_text("1000000\n")
+    monkeypatch.setattr(planning, "CGROUP_LIMIT", tmp_path / "memory.max")
+    assert planning._capacity(cpu, 2) == 500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert planning._capacity(cpu, 1) > 10**8
+    assert planning._existing(tmp_path / "a" / "b") == tmp_path
