@@ -29,6 +29,7 @@ test-slow: install      ## minutes long
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow
 
 bench: install          ## every figure, each after its equality check
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
 	$(PY) kernels/bench/run.py
 
 goldens: install        ## writes the golden curves anew: say why in the commit

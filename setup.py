@@ -15,6 +15,8 @@ INSTALL = [
     "webdataset>=1.0,<1.1",
     "tensorboard>=2.18,<3",
     "transformers>=5,<6",
+    "huggingface_hub>=1,<3",
+    "pyarrow>=17,<28",
     "tokenizers>=0.22,<0.24",
     "safetensors>=0.5,<1",
     "numpy>=1.26,<3",
@@ -22,6 +24,8 @@ INSTALL = [
     "PyYAML>=6,<7",
     "tqdm>=4.66,<5",
     "psutil>=5.9,<8",
+    "pillow>=10,<14",
+    "packaging>=22,<28",
     "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.4,<3",
 ]
@@ -37,6 +41,9 @@ DEVELOP = [
     "types-tqdm",
 ]
 
+# What `make bench` compares with, and nothing else needs.
+PEERS = ["ctranslate2>=4.5,<5"]
+
 setup(
     name="parlance",
     version="0.1.0",
@@ -47,5 +54,5 @@ setup(
     packages=find_packages("kernels", include=["parlance_kernels*"]),
     package_data={"parlance_kernels": ["py.typed"]},
     install_requires=INSTALL,
-    extras_require={"dev": DEVELOP, "apex": ["apex @ git+https://github.com/NVIDIA/apex"]},
+    extras_require={"dev": DEVELOP, "bench": PEERS, "apex": ["apex @ git+https://github.com/NVIDIA/apex"]},
 )

@@ -16,7 +16,7 @@ from pretrain.data.stream import SampleStream, ShardCorpus
 from pretrain.data.tokenizer import TextTokenizer
 from pretrain.distributed import World
 from pretrain.errors import ConfigError, DataError
-from pretrain.models import EncoderDecoder, SpecialIds
+from pretrain.models import EncoderDecoder
 from pretrain.objectives import ObjectiveModule
 
 # What a run may choose anew in the model it inherits.
@@ -75,7 +75,7 @@ def build_module(settings: RunConfig, dataset: ShardDataset) -> ObjectiveModule:
     A run that has a checkpoint does not read the bundle any more.
     """
     tokenizer = dataset.tokenizer
-    ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
+    ids = tokenizer.ids
     objective = objectives.build(settings.objective, ids, tokenizer.word_starts, settings.model.length_classes)
     rng.seed(settings.seed)
     try:

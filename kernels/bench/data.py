@@ -19,7 +19,6 @@ from pretrain.data.prepare import prepare
 from pretrain.data.stdlib_docs import stdlib_docstrings, stdlib_topics
 from pretrain.data.stream import SampleStream, ShardCorpus, Window
 from pretrain.data.text import clean, sentences
-from pretrain.models import SpecialIds
 from pretrain.objectives import build
 
 # Target tokens a second that one H200 can use up with a model of BART-base's size.
@@ -68,7 +67,7 @@ def _loader(dataset: ShardDataset) -> Row:
 
 def _stream(dataset: ShardDataset, workers: int) -> SampleStream:
     tokenizer = dataset.tokenizer
-    ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
+    ids = tokenizer.ids
     objective = build({"name": "janus"}, ids, tokenizer.word_starts, ModelConfig().length_classes)
     batch = BatchSize(samples=None, tokens=MICRO_TOKENS, micro_max_tokens=MICRO_TOKENS)
     return SampleStream(ShardCorpus(dataset, "train"), objective, seed=1, batch=batch, workers=workers)

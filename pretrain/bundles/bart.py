@@ -39,7 +39,7 @@ from pretrain.data.bart_tokenizer import GPT2, HUGGING_FACE, hugging_face_files
 from pretrain.data.files import sha256_of
 from pretrain.data.tokenizer import HUB_ID, TOKENIZER_FILE, TextTokenizer
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.models import EncoderDecoder, SpecialIds
+from pretrain.models import EncoderDecoder
 from pretrain.models.golden import golden
 from pretrain.models.patterns import ArLayout, Layout
 from pretrain.runs import version
@@ -177,7 +177,7 @@ def _describe(
         model = validate(ModelConfig, {**bart_fields(theirs, where), **rest}, where=where)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
+    ids = tokenizer.ids
     for name, ours in (("bos_token_id", ids.bos), ("pad_token_id", ids.pad), ("eos_token_id", ids.eos)):
         if theirs[name] != ours:
             raise CheckpointError(f"`{where}`: `{name}` must be the tokenizer's {ours}, is {theirs[name]}")

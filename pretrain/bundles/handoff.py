@@ -17,7 +17,6 @@ from pretrain.config import RunConfig
 from pretrain.data.manifest import Manifest, read_manifest, read_tokenizer
 from pretrain.errors import CheckpointError
 from pretrain.loop import Progress
-from pretrain.models import SpecialIds
 from pretrain.runs import CONFIG, ENVIRONMENT, check_data, fingerprint, read_config
 
 
@@ -40,7 +39,7 @@ def handoff(run_dir: str | Path, out: str | Path) -> Path:
     saved = read_progress(commit)["progress"]
     check_data(saved.get("data"), fingerprint(manifest), "data.path", run)
     tokenizer = read_tokenizer(data, manifest)
-    ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
+    ids = tokenizer.ids
     objective = objectives.build(config.objective, ids, tokenizer.word_starts, config.model.length_classes)
     modes = cast(tuple[Mode, ...], tuple(objective.modes))
     description = Description(

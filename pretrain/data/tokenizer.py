@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -17,6 +18,9 @@ from pretrain.data.bart_tokenizer import GPT2, HUGGING_FACE, tokenizer_json
 from pretrain.data.files import write_atomic
 from pretrain.data.special import BOS, EOS, SPECIAL_TOKENS
 from pretrain.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from pretrain.models import SpecialIds
 
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 LARGEST_VOCAB = 2**24
@@ -56,6 +60,13 @@ class TextTokenizer:
         self.word_starts = np.zeros(self.vocab_size, bool)
         for token, number in vocabulary.items():
             self.word_starts[number] = token.startswith(WORD_MARKS) or token in SPECIAL_TOKENS
+
+    @property
+    def ids(self) -> "SpecialIds":
+        """The special ids, as models and objectives take them."""
+        from pretrain.models import SpecialIds  # brings torch, which the workers of `prepare` do without
+
+        return SpecialIds(self.bos, self.pad, self.eos, self.mask, self.unk)
 
     @classmethod
     def from_path(cls, path: str | Path) -> "TextTokenizer":
