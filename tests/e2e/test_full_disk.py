@@ -17,22 +17,17 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from pretrain.__main__ import main
 from pretrain.engine import state
 from pretrain.runs import read_events
 from tests.e2e.lives import Forked, a_second_later, final_files, newest
-from tests.pretrain.runs import training_curve, write_config, write_text
+from tests.pretrain.runs import make_data, training_curve, write_config
 
 EVERY = ("train.validate_every=2", "train.sample_every=2", "train.save_every=2", "train.keep=2")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    source = f"tiny=text:{write_text(folder / 'a.txt', 150)}"
-    prepare = ["prepare", "--out", str(folder / "data"), "--source", source, "--train-tokenizer", "300"]
-    assert main([*prepare, "--workers", "1"]) == 0
-    return folder / "data"
+    return make_data(tmp_path_factory.mktemp("text"), 150)
 
 
 @pytest.fixture(scope="module")

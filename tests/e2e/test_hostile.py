@@ -23,7 +23,7 @@ from pretrain.bundles.bundle import load_bundle
 from pretrain.checkpoints.commit import Store
 from pretrain.checkpoints.seal import MANIFEST, manifest_bytes, seal_folder
 from pretrain.errors import CheckpointError
-from tests.pretrain.runs import write_config, write_text
+from tests.pretrain.runs import make_data, write_config
 
 
 class Calls:
@@ -84,10 +84,7 @@ YAMLS = {
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder, a run and a bundle that are what they seem."""
     folder = tmp_path_factory.mktemp("honest")
-    source = f"tiny=text:{write_text(folder / 'a.txt', 60)}"
-    prepare = ["prepare", "--out", str(folder / "data"), "--source", source, "--train-tokenizer", "300"]
-    assert main([*prepare, "--workers", "1"]) == 0
-    assert main(["train", str(write_config(folder, folder / "data")), "train.steps=2", "train.save_every=1"]) == 0
+    assert main(["train", str(write_config(folder, make_data(folder, 60))), "train.steps=2", "train.save_every=1"]) == 0
     assert main(["handoff", str(folder / "runs" / "tiny"), "--out", str(folder / "bundle")]) == 0
     return folder
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.__main__ import main
 from pretrain.runs import read_events
 from tests.e2e.lives import Forked, Launched, a_second_later, final_files, killed, newest
-from tests.pretrain.runs import training_curve, write_text
+from tests.pretrain.runs import make_data, training_curve
 
 CONFIG = """
 name: {name}
@@ -29,11 +28,7 @@ WHO = (BOTH, SECOND, BOTH, FIRST)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    source = f"tiny=text:{write_text(folder / 'a.txt', 150)}"
-    prepare = ["prepare", "--out", str(folder / "data"), "--source", source, "--train-tokenizer", "300"]
-    assert main([*prepare, "--workers", "1"]) == 0
-    return folder / "data"
+    return make_data(tmp_path_factory.mktemp("text"), 150)
 
 
 def check(folder: Path, data: Path, engine: str, every: int, ends: list[tuple[str, tuple[int, ...], str]]) -> None:

@@ -10,18 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.__main__ import main
 from tests.e2e.lives import Forked
-from tests.pretrain.runs import write_config, write_text
+from tests.pretrain.runs import make_data, write_config
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    source = f"tiny=text:{write_text(folder / 'a.txt', 150)}"
-    prepare = ["prepare", "--out", str(folder / "data"), "--source", source, "--train-tokenizer", "300"]
-    assert main([*prepare, "--workers", "1"]) == 0
-    return folder / "data"
+    return make_data(tmp_path_factory.mktemp("text"), 150)
 
 
 def on_hosts(folder: Path) -> None:
@@ -50,9 +45,7 @@ def other_rate(folder: Path) -> None:
 
 def other_data(folder: Path) -> None:
     shutil.rmtree(folder / "data")
-    source = f"tiny=text:{write_text(folder / 'b.txt', 149)}"
-    prepare = ["prepare", "--out", str(folder / "data"), "--source", source, "--train-tokenizer", "300"]
-    assert main([*prepare, "--workers", "1"]) == 0
+    make_data(folder, 149, "b.txt")
 
 
 def short_shard(folder: Path) -> None:

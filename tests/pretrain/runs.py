@@ -10,6 +10,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pretrain.__main__ import main
 from pretrain.checkpoints.seal import MANIFEST, describe, manifest_bytes, number, plain_files
 from pretrain.runs import read_events
 
@@ -49,6 +50,14 @@ def write_text(path: Path, documents: int) -> Path:
     lines = [" ".join(draw.choices(WORDS, k=draw.randint(6, 20))).capitalize() + "." for _ in range(documents)]
     path.write_text("\n\n".join(lines) + "\n")
     return path
+
+
+def make_data(folder: Path, documents: int, text: str = "a.txt") -> Path:
+    """The data folder `folder`/data of one source, `tiny`."""
+    source = f"tiny=text:{write_text(folder / text, documents)}"
+    given = ["--out", str(folder / "data"), "--source", source, "--train-tokenizer", "300", "--workers", "1"]
+    assert main(["prepare", *given]) == 0
+    return folder / "data"
 
 
 def write_config(folder: Path, data: Path, name: str = "tiny") -> Path:

@@ -17,19 +17,23 @@ from pretrain.bundles.bundle import load_bundle
 from pretrain.data.manifest import read_manifest
 from pretrain.objectives.janus import Janus
 from pretrain.runs import read_events
-from tests.pretrain.runs import reseal, scalars, start, training_curve, wait_for_save, write_config, write_text
+from tests.pretrain.runs import (
+    make_data,
+    reseal,
+    scalars,
+    start,
+    training_curve,
+    wait_for_save,
+    write_config,
+    write_text,
+)
 
 LONG = ("train.steps=40", "train.save_every=4", "train.sample_every=0", "train.validate_every=20")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    text = write_text(folder / "a.txt", 200)
-    out = folder / "data"
-    source = f"tiny=text:{text}"
-    assert main(["prepare", "--out", str(out), "--source", source, "--train-tokenizer", "300", "--workers", "1"]) == 0
-    return out
+    return make_data(tmp_path_factory.mktemp("text"), 200)
 
 
 @pytest.fixture(scope="module")

@@ -11,19 +11,12 @@ import pytest
 from pretrain.__main__ import main
 from pretrain.bundles.bundle import load_bundle
 from pretrain.runs import read_events
-from tests.pretrain.runs import ROOT, environment, scalars, wait_for_save, write_config, write_text
-
-
-def prepare(folder, documents):
-    source = f"tiny=text:{write_text(folder / 'a.txt', documents)}"
-    out = folder / "data"
-    assert main(["prepare", "--out", str(out), "--source", source, "--train-tokenizer", "300", "--workers", "1"]) == 0
-    return out
+from tests.pretrain.runs import ROOT, environment, make_data, scalars, wait_for_save, write_config
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("text"), 150)
+    return make_data(tmp_path_factory.mktemp("text"), 150)
 
 
 def start_ranks(size, *arguments):
@@ -74,7 +67,7 @@ def test_zero_2_stops_on_a_signal_to_one_rank_and_goes_on_alone(data, tmp_path):
 
 
 def test_errors_that_all_ranks_share_are_told_once(tmp_path, data):
-    few = prepare(tmp_path, 2)
+    few = make_data(tmp_path, 2)
     config = write_config(tmp_path, few)
     for arguments, code, message in (
         (("train", config, "optim.lrr=1"), 3, "unknown key `optim.lrr`"),

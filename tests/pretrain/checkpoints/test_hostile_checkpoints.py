@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pretrain.__main__ import main
 from pretrain.checkpoints.commit import Store
 from pretrain.checkpoints.seal import MANIFEST, manifest_bytes, verify
-from tests.pretrain.runs import reseal, write_config, write_text
+from tests.pretrain.runs import make_data, reseal, write_config
 
 STATE, RNG = "state-rank0.safetensors", "rng-rank0.safetensors"
 
@@ -23,10 +23,7 @@ STATE, RNG = "state-rank0.safetensors", "rng-rank0.safetensors"
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("honest")
-    source = f"tiny=text:{write_text(folder / 'a.txt', 60)}"
-    prepare = ["prepare", "--out", str(folder / "data"), "--source", source, "--train-tokenizer", "300"]
-    assert main([*prepare, "--workers", "1"]) == 0
-    assert main(["train", str(write_config(folder, folder / "data")), "train.steps=2"]) == 0
+    assert main(["train", str(write_config(folder, make_data(folder, 60))), "train.steps=2"]) == 0
     return folder
 
 

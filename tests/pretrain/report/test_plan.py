@@ -8,16 +8,12 @@ import pytest
 
 from pretrain.__main__ import main
 from pretrain.report import plan as planning
-from tests.pretrain.runs import write_config, write_text
+from tests.pretrain.runs import make_data, write_config
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    text, out = write_text(folder / "a.txt", 200), folder / "data"
-    source = f"tiny=text:{text}"
-    assert main(["prepare", "--out", str(out), "--source", source, "--train-tokenizer", "300", "--workers", "1"]) == 0
-    return out
+    return make_data(tmp_path_factory.mktemp("text"), 200)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pretrain.checkpoints.commit import Store
 from pretrain.errors import UsageError
 from pretrain.report.findings import Finding, shown_bytes
 from pretrain.report.verify import KINDS, recognise
-from tests.pretrain.runs import start, wait_for_save, write_config, write_text
+from tests.pretrain.runs import make_data, start, wait_for_save, write_config, write_text
 
 STATE, RNG = "state-rank0.safetensors", "rng-rank0.safetensors"
 
@@ -25,10 +25,7 @@ STATE, RNG = "state-rank0.safetensors", "rng-rank0.safetensors"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("whole")
-    source = f"tiny=text:{write_text(place / 'a.txt', 60)}"
-    prepare = ["prepare", "--out", str(place / "data"), "--source", source, "--train-tokenizer", "300"]
-    assert main([*prepare, "--workers", "1"]) == 0
-    assert main(["train", str(write_config(place, place / "data")), "train.steps=2", "train.save_every=1"]) == 0
+    assert main(["train", str(write_config(place, make_data(place, 60))), "train.steps=2", "train.save_every=1"]) == 0
     assert main(["handoff", str(place / "runs" / "tiny"), "--out", str(place / "bundle")]) == 0
     return place
 
