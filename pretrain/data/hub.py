@@ -6,6 +6,7 @@ Only data is read: `datasets` 4 and later run no script of a repository, and not
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pretrain.data.text_files import Skip
 from pretrain.errors import DataError
@@ -44,10 +45,8 @@ def pin(argument: str) -> str:
     asked = parse(argument)
     if asked.revision and COMMIT.fullmatch(asked.revision):
         return argument
-    from huggingface_hub import HfApi
-
     try:
-        commit = HfApi().dataset_info(asked.id, revision=asked.revision, timeout=SECONDS).sha
+        commit = _info(asked).sha
     except Exception as error:  # network, missing repository, offline mode: each has a type of its own
         raise _no_hub(argument, error) from None
     config = f"/{asked.config}" if asked.config else ""
@@ -60,6 +59,7 @@ def stream(argument: str, skip: Skip) -> Iterator[str]:
 
     asked = parse(argument)
     try:
+        _info(asked)  # `datasets` would ask a hub that is not there for half a minute
         rows = datasets.load_dataset(asked.id, asked.config, split="train", streaming=True, revision=asked.revision)
         if rows.column_names is not None and asked.field not in rows.column_names:
             columns = ", ".join(rows.column_names)
@@ -81,6 +81,12 @@ def default_name(argument: str) -> str:
     return re.sub(
         r"[^A-Za-z0-9_-]", "-", "-".join([asked.id.split("/")[-1], *([asked.config] if asked.config else [])])
     )
+
+
+def _info(asked: HubDataset) -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(asked.id, revision=asked.revision, timeout=SECONDS)
 
 
 def _no_hub(argument: str, error: Exception) -> DataError:

@@ -92,7 +92,9 @@ def _pool(folder: Path, tokenizer: TextTokenizer, plan: Plan, workers: int) -> I
 
     # Spawned, because the tokenizer that was just trained has left threads behind that a fork would not survive.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer,))
+    # A worker reads the tokenizer itself: handed over, it would fill the pipe on which a worker is started, and Python
+    # waits for ever for one that dies before it has emptied that.
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder,))
     try:
         yield submit
         for future in waiting:
@@ -103,9 +105,9 @@ def _pool(folder: Path, tokenizer: TextTokenizer, plan: Plan, workers: int) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(tokenizer: TextTokenizer) -> None:
+def _start_worker(folder: Path) -> None:
     global _tokenizer_of_process
-    _tokenizer_of_process = tokenizer
+    _tokenizer_of_process = TextTokenizer.from_path(folder)
     # One worker, one core; the parallelism is in the number of workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # A worker whose parent was killed would wait for work for ever.

@@ -55,20 +55,20 @@ def _documents(tar: tarfile.TarFile, member: tarfile.TarInfo, field: str, skip: 
     else:
         content = tar.extractfile(member)
         assert content is not None  # it is a regular file
-        yield from _text(content) if name.suffix == ".txt" else _json(content, field, skip)
+        yield from _text(content, member.size) if name.suffix == ".txt" else _json(content, member.size, field, skip)
 
 
-def _text(content: IO[bytes]) -> Iterator[str]:
-    while piece := content.read(MAX_DOCUMENT_CHARACTERS):
+def _text(content: IO[bytes], size: int) -> Iterator[str]:
+    # A reader that is asked for 16 MiB makes room for them, however small the member is.
+    while piece := content.read(min(size, MAX_DOCUMENT_CHARACTERS)):
         yield piece.decode("utf-8", "replace")
 
 
-def _json(content: IO[bytes], field: str, skip: Skip) -> Iterator[str]:
-    text = content.read(MAX_RECORD_CHARACTERS + 1)
-    if len(text) > MAX_RECORD_CHARACTERS:
+def _json(content: IO[bytes], size: int, field: str, skip: Skip) -> Iterator[str]:
+    if size > MAX_RECORD_CHARACTERS:
         skip(f"longer than {MAX_RECORD_CHARACTERS} characters")
     else:
-        yield from json_document(text.decode("utf-8", "replace"), field, skip)
+        yield from json_document(content.read(size).decode("utf-8", "replace"), field, skip)
 
 
 def _short(suffix: str) -> str:

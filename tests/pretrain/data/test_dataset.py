@@ -1,8 +1,11 @@
 """Reading: by fork and pickle, and every kind of damage reported by name."""
 
+import errno
 import multiprocessing
+import os
 import pickle
 import shutil
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 
 from pretrain.data import dataset as module
-from pretrain.data.dataset import ShardDataset
+from pretrain.data.dataset import RETRY_SECONDS, ShardDataset
 from pretrain.data.manifest import read_manifest, verify_folder
 from pretrain.errors import DataError
 
@@ -111,3 +114,40 @@ def test_bad_index_manifest_and_tokenizer(copy: Path, tmp_path: Path) -> None:
     (copy / "manifest.json").unlink()
     with pytest.raises(DataError, match="finished `prepare`"):
         ShardDataset(copy)
+
+
+class Stumbling:
+    """os.pread of a mounted object store: short answers, and errors before some of them."""
+
+    def __init__(self, errors: list[int]) -> None:
+        self.errors, self.real, self.calls = errors, os.pread, 0
+
+    def __call__(self, descriptor: int, count: int, offset: int) -> bytes:
+        self.calls += 1
+        if self.errors:
+            raise OSError(self.errors.pop(0), "the store stumbles")
+        return self.real(descriptor, min(count, 7), offset)
+
+
+def test_reads_that_stumble_are_tried_again(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ShardDataset(prepared)
+    wanted, pauses = whole.tokens(3), list[float]()
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    store = Stumbling([errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+    monkeypatch.setattr(os, "pread", store)
+    mounted = ShardDataset(prepared)
+    assert np.array_equal(mounted.tokens(3), wanted) and store.calls > 4
+    assert pauses == list(RETRY_SECONDS)
+    assert all(np.array_equal(mounted.sentences(n), whole.sentences(n)) for n in range(20))
+
+
+@pytest.mark.parametrize(("code", "pauses"), [(errno.EIO, 3), (errno.EACCES, 0)])
+def test_a_store_that_stays_away_is_named(
+    code: int, pauses: int, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, slept = ShardDataset(prepared), list[float]()
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(os, "pread", Stumbling([code] * 99))
+    with pytest.raises(DataError, match=r"shard `.*hills-000000\.tar` cannot be read"):
+        dataset.tokens(0)
+    assert len(slept) == pauses

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from hypothesis import given
@@ -62,6 +63,48 @@ def test_a_killed_prepare_continues_to_the_same_bytes(
         process.wait()
     prepare(out, **arguments)
     assert fingerprints(out) == fingerprints(prepared)
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path: Path) -> None:
+    """The whole job, or one of its workers, at any moment from the first reading to the manifest."""
+    write_corpus(tmp_path / "hills.txt", 25_000, seed=1)
+    (tmp_path / "lakes.jsonl").write_text('{"text": "Lakes are what this is about."}\n{"text": "no"}\n{\n' * 1500)
+    arguments = {
+        "sources": [f"hills=text:{tmp_path}/hills.txt", f"lakes=jsonl:{tmp_path}/lakes.jsonl"],
+        "train_vocab": 2000, "max_length": 32, "shard_bytes": 6_000,
+    }  # fmt: skip
+    assert start_prepare(arguments, tmp_path / "calm").wait() == 0
+    draw, killed, out = random.Random(0), 0, tmp_path / "killed"
+    for number in range(20):
+        process = start_prepare(arguments, out)
+        # The first lives end while sources are read and the tokenizer is trained, the others within a few shards.
+        moment = time.monotonic() + (0.4 * number if number < 6 else 60.0)
+        enough = recorded(out) + (1 if number < 6 else draw.randint(1, 5))
+        while process.poll() is None and time.monotonic() < moment and recorded(out) < enough:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.0, 0.02))
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        if number % 5 == 4 and workers:
+            draw.choice(workers).kill()  # the job must end by itself, and say so
+            process.wait(timeout=60)
+        process.kill()
+        killed += process.wait() != 0
+        assert not psutil.wait_procs(workers, timeout=60)[1], "workers outlive the job"
+    assert killed == 20
+    assert start_prepare(arguments, out).wait() == 0
+    assert fingerprints(out) == fingerprints(tmp_path / "calm")
+    assert read_manifest(out).sources[1].skipped == {"not JSON": 1500, "shorter than 4 tokens": 1500}
+
+
+def recorded(out: Path) -> int:
+    """Shards that are done."""
+    return len(list(out.glob("parts/*.tar.json")))
+
+
+def start_prepare(arguments: dict, out: Path) -> "subprocess.Popen[bytes]":
+    call = json.dumps({**arguments, "out": str(out), "workers": 2})
+    return subprocess.Popen([sys.executable, "-c", RUN, call], cwd=ROOT, stderr=subprocess.DEVNULL)
 
 
 def test_a_shard_with_a_record_is_not_made_twice(prepared: Path, arguments: dict, tmp_path: Path) -> None:
