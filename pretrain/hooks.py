@@ -96,10 +96,9 @@ class TextSamples:
     def _bold(self, ids: Sequence[int], marked: Sequence[bool]) -> str:
         parts = []
         for bold, run in groupby(zip(ids, marked, strict=True), key=lambda pair: pair[1]):
-            text = self.decode([token for token, _ in run])
-            inner = plain(text.strip())
-            # markdown wants the stars right beside the word
-            parts.append(text.replace(text.strip(), f"**{inner}**") if bold and inner else plain(text))
+            text = plain(self.decode([token for token, _ in run]))
+            word = text.strip()  # markdown wants the stars right beside it
+            parts.append(text.replace(word, f"**{word}**") if bold and word else text)
         return "".join(parts)
 
     def _show(self, preview: Preview) -> str:

@@ -126,7 +126,7 @@ class Run:
         self.board = TensorBoard(self.folder / runs.BOARD, step, train.log_every, everywhere)
         self.stack.callback(self.board.close)
         metrics = ["loss/total", *(["valid/total"] if train.validate_every and self.stream.valid else [])]
-        self.board.config(text, self.settings.model_dump(mode="json"), metrics)
+        self.board.config(text, self.settings.model_dump(mode="json", exclude={"name", "runs"}), metrics)
         for name, image_HWC in pictures().items():
             self.board.picture(name, image_HWC)
 

@@ -85,7 +85,7 @@ def masks(run: Run, dataset: ShardDataset) -> dict[str, np.ndarray]:
     objective, tokenizer = run.engine.module.objective, dataset.tokenizer
     tokens_N = dataset.tokens(len(dataset.lengths) // 2)[:PICTURED]
     example = objective.corrupt(tokens_N, sample_rng(FIXED_SEED, 0))
-    drawn = mask_pictures(objective.collate([example]), tokenizer.mask, partial(readable, tokenizer))
+    drawn = mask_pictures(objective.collate([example]), tokenizer.ids, partial(readable, tokenizer))
     return {f"masks/{name}": image_HWC for name, image_HWC in drawn.items()}
 
 

@@ -81,6 +81,8 @@ def port() -> Iterator[Check]:
     wanted = os.environ.get("MASTER_PORT", DEFAULT_PORT)
     try:
         with socket.socket() as probe:
+            # as those who wait there do: what a job that has just ended leaves behind is no obstacle
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", int(wanted)))
     except (OSError, ValueError, OverflowError) as error:
         advice = f"another run? give the launcher --master_port {free_port()}"
@@ -99,14 +101,13 @@ def launcher(variables: Mapping[str, str]) -> Iterator[Check]:
     names = [name for name in sorted(variables) if name in SEEN or name.startswith(SEEN_PREFIXES)]
     seen = ", ".join(f"{name}={variables[name]}" for name in names)
     yield Check("ok", "environment", seen or "nothing of a launcher or scheduler is set")
-    world, given = variables.get("WORLD_SIZE", "1"), [name for name in LAUNCHER if name in variables]
+    world = variables.get("WORLD_SIZE", "1")
     if "RANK" in variables and "WORLD_SIZE" in variables and world != "1":
         text = f"RANK and WORLD_SIZE={world} are set here: without a launcher training waits for the other ranks"
         yield Check("warn", "launcher", f"{text}; unset them, unless this is one of the ranks")
     elif ("RANK" in variables) != ("WORLD_SIZE" in variables):
-        yield Check(
-            "warn", "launcher", f"only {', '.join(given)} of RANK and WORLD_SIZE: both or neither; training ignores it"
-        )
+        given = "RANK" if "RANK" in variables else "WORLD_SIZE"
+        yield Check("warn", "launcher", f"only {given} of RANK and WORLD_SIZE is set: both or neither; it is ignored")
     tasks = variables.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in variables and tasks != "1" and "RANK" not in variables:
         text = f"a Slurm job of {tasks} tasks without RANK: each `srun python -m pretrain` is a run of its own"
@@ -126,6 +127,8 @@ def hub() -> Iterator[Check]:
             answers.append("")
         except urllib.error.HTTPError:
             answers.append("")  # it is there and speaks
+        except urllib.error.URLError as error:
+            answers.append(one_line(error.reason))
         except (OSError, ValueError) as error:
             answers.append(one_line(error))
 
@@ -155,6 +158,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error that may have many lines."""
+def one_line(error: BaseException | str) -> str:
+    """The message of an error, which may have many lines."""
     return " ".join(str(error).split())[:200] or type(error).__name__

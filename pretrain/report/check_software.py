@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def devices() -> Iterator[Check]:
         device = torch.cuda.get_device_properties(number)
         memory = shown_bytes(device.total_memory)
         arch, known = f"sm_{device.major}{device.minor}", torch.cuda.get_arch_list()
-        fits = any(name.split("_")[0] == "sm" and name[3:-1] == str(device.major) for name in known) or not known
+        fits = runs_on(known, device.major, device.minor) or not known
         advice = "" if fits else f", torch has code for {' '.join(known)} only: install a build for {arch}"
         yield Check("ok" if fits else "FAIL", "device", f"cuda:{number} {device.name}, {memory}, {arch}{advice}")
     if not count and driver and not torch.version.cuda:
@@ -90,6 +90,22 @@ def devices() -> Iterator[Check]:
         yield Check("ok", "device", "cpu: no GPU here")
     if count and os.environ.get("DS_ACCELERATOR") == "cpu":
         yield Check("warn", "device", "DS_ACCELERATOR=cpu: training will leave the GPUs alone; unset it to use them")
+
+
+def runs_on(known: Sequence[str], major: int, minor: int) -> bool:
+    """Whether a GPU of compute capability `major`.`minor` runs code for `known`, as `torch.cuda.get_arch_list` says.
+
+    Binaries (`sm_86`) run from their own minor version on; PTX (`compute_86`) is compiled for whatever is newer; with a
+    letter behind (`sm_90a`) they run on that very capability.
+    """
+    for name in known:
+        if not (found := re.fullmatch(r"(sm|compute)_(\d+)(\d)(\w?)", name)):
+            continue
+        kind, for_major, for_minor, letter = found[1], int(found[2]), int(found[3]), found[4]
+        exact, older = (for_major, for_minor) == (major, minor), (for_major, for_minor) <= (major, minor)
+        if exact or (not letter and older and (kind == "compute" or for_major == major)):
+            return True
+    return False
 
 
 def kernels() -> Iterator[Check]:
@@ -132,9 +148,9 @@ def ranks() -> Iterator[Check]:
 
 def tensorboard() -> Iterator[Check]:
     """Training writes a board from the first update on."""
-    from torch.utils import tensorboard as board
+    from torch.utils.tensorboard import SummaryWriter
 
-    yield Check("ok", "tensorboard", f"{_version('tensorboard')}, imported by {board.__name__}")
+    yield Check("ok", "tensorboard", f"{_version('tensorboard')}, imported by {SummaryWriter.__module__}")
 
 
 def apex() -> Iterator[Check]:

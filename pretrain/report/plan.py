@@ -45,12 +45,13 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class Figures:
-    """What the table is made of. flops, samples, tokens: of one update over all ranks, the first one.
+    """What the table is made of. flops, samples, tokens: of one update over all ranks, the first one. sources: names.
 
     data_seconds: one process takes to read, corrupt and pack the samples of an update.
     """
 
     settings: RunConfig
+    sources: Sequence[str]
     stream: SampleStream
     module: ObjectiveModule
     ranks: int
@@ -107,6 +108,7 @@ def _figures(settings: RunConfig, dataset: ShardDataset, device: torch.device, r
     )
     return Figures(
         settings=settings,
+        sources=[source.name for source in dataset.manifest.sources],
         stream=stream,
         module=module,
         ranks=ranks,
@@ -135,7 +137,10 @@ def _table(figures: Figures, device: torch.device) -> Iterator[tuple[str, list[s
     epochs = figures.stream.epoch(step.count * train.steps)
     yield (
         f"length: {train.steps:,} updates",
-        [f"about {short(step.tokens * train.steps)} tokens, {epochs:.2f} epochs of {samples:,} samples"],
+        [
+            f"about {short(step.tokens * train.steps)} tokens, {epochs:.2f} epochs of {samples:,} samples",
+            *_blend(figures, step.count * train.steps),
+        ],
     )
     parts = parameters_by_part(figures.module.model)
     yield f"parameters: {sum(parts.values()):,}", [f"{count:>14,}  {part}" for part, count in parts.items()]
@@ -165,6 +170,16 @@ def _table(figures: Figures, device: torch.device) -> Iterator[tuple[str, list[s
             for part in ("encoder", "decoder", "attention", "heads")
         ],
     )
+
+
+def _blend(figures: Figures, drawn: int) -> Iterator[str]:
+    """What `drawn` samples are of each source, where `data.weights` says how often it is drawn."""
+    order = figures.stream.order
+    if order.weights is None:
+        return
+    for name, size, share in zip(figures.sources, order.sizes, order.shares, strict=True):
+        part = share / sum(order.shares)
+        yield f"{part:>14.0%}  {name}: {drawn * part / max(1, size):.2f} epochs of {size:,} samples"
 
 
 def _time(figures: Figures, dataset: ShardDataset, world: World, measure: bool | None) -> list[str]:

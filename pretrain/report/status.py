@@ -33,6 +33,7 @@ from pretrain.watch.console import clock, short
 # How a life ended, by its last event; a life without one of these was killed.
 ENDS = {"finish": "finished", "stop": "stopped by a signal", "error": "failed"}
 RECENT = 4000  # values of the board that the pace is measured on
+RETRIES = 5  # of reading a checkpoint, while a fast run deletes old ones
 PACE, SPEED = "loss/total", "speed/tokens_per_second"
 
 
@@ -83,14 +84,13 @@ def read_status(run: Path, now: float) -> Status:
     """
     steps, events = _steps(run), _events(run)
     by, store, board = holder(run), Store(run), Board.read(run / runs.BOARD)
-    newest, problem = _newest(store)
+    progress, problem = _verified(store)
     begins = [event for event in events if event["event"] in ("start", "resume")]
     saves = kept_saves(events)
     errors = [event for event in events if event["event"] == "error"]
     ended = next((event["event"] for event in reversed(events) if event["event"] in (*ENDS, "start", "resume")), "")
     sign = max(events[-1]["time"], board.time if board else 0.0)
     passed = (now if by else sign) - events[0]["time"]
-    progress = None if newest is None else Progress.from_json(read_progress(newest)["progress"])
     step = max([event["step"] for event in events[-1:]] + ([board.step] if board else []))
     return Status(
         run=str(run),
@@ -140,7 +140,7 @@ def kept_saves(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Board:
-    """The last updates on the board of the newest life. time: when it was written to."""
+    """The last updates on the board of the newest life. time: of its last entry."""
 
     step: int
     time: float
@@ -153,47 +153,57 @@ class Board:
         from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
         from tensorboard.compat.proto.event_pb2 import Event
 
-        files = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+        files = sorted(folder.glob("events.out.tfevents.*"))  # names tell when a life began; a copy has other times
         if not files:
             return None
-        raw = deque(RawEventFileLoader(str(files[-1])).Load(), maxlen=RECENT)
-        parsed = [(event, value) for event in map(Event.FromString, raw) for value in event.summary.value]
+        recent = deque(RawEventFileLoader(str(files[-1])).Load(), maxlen=RECENT)
+        parsed = [(event, value) for event in map(Event.FromString, recent) for value in event.summary.value]
         paces = [(event.step, event.wall_time) for event, value in parsed if value.tag == PACE]
         speeds = [value.simple_value for _, value in parsed if value.tag == SPEED]
         if not paces:
             return None
         (first_step, first_time), (step, last_time) = paces[0], paces[-1]
         pace = (last_time - first_time) / (step - first_step) if step > first_step else None
-        return cls(step, files[-1].stat().st_mtime, pace, speeds[-1] if speeds else None)
+        return cls(step, parsed[-1][0].wall_time, pace, speeds[-1] if speeds else None)
 
 
 def describe(found: Status) -> str:
     """The status for people, a line for each question they have."""
 
-    def ago(seconds: float | None) -> str:
-        return "never" if seconds is None else f"{clock(seconds)} ago"
-
     pointed = "latest names it" if found.latest == _name(found.verified_step) else f"latest names {found.latest}"
-    verified = "nothing yet" if found.verified_step is None else f"step {found.verified_step:,}, verified, {pointed}"
+    saved = found.problem or "nothing yet"
+    if found.verified_step is not None:
+        saved = f"step {found.verified_step:,}, verified, {pointed}, {found.tokens:,} tokens seen"
+    if found.seconds_since_save is not None:
+        saved += f"; last save {clock(found.seconds_since_save)} ago"
     share = f" ({found.step / found.steps:.1%})" if found.step is not None and found.steps else ""
     pace = "not known yet"
     if found.seconds_per_update is not None:
         pace = f"{found.seconds_per_update:.3g} s an update"
         pace += f", {short(found.tokens_per_second)} tokens/s" if found.tokens_per_second is not None else ""
-    left = "not known yet" if found.seconds_left is None else clock(found.seconds_left)
-    if found.by and found.seconds_left is not None:
-        left += f", until {time.strftime('%a %d %b %H:%M', time.localtime(time.time() + found.seconds_left))}"
+    left = "not known yet"
+    if found.seconds_left is not None:
+        done = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + found.seconds_left))
+        when = f"until {done}" if found.by else "once it is started again"
+        left = f"{clock(found.seconds_left)}, {when}" if found.seconds_left else "nothing"
     of_time = f" of {clock(found.seconds_since_start)} since the first start"
+    sign = f"last sign of life {clock(found.seconds_since_sign)} ago"
     lines = {
         "state": f"{found.state}, {found.by}" if found.by else found.state,
-        "step": f"{found.step or 0:,} of {found.steps:,}{share}, last sign of life {ago(found.seconds_since_sign)}",
-        "saved": f"{found.problem or verified}, {ago(found.seconds_since_save)}",
-        "disk": f"{found.checkpoints} checkpoints, {shown_bytes(found.checkpoint_bytes)}",
-        "tokens": f"{found.tokens or 0:,} at that checkpoint",
+        "step": f"{found.step or 0:,} of {found.steps:,}{share}, {sign}",
+        "saved": saved,
+        "disk": f"{_many(found.checkpoints, 'checkpoint')}, {shown_bytes(found.checkpoint_bytes)}",
         "pace": pace,
         "left": left,
         "goodput": "not known yet" if found.goodput is None else f"{found.goodput:.0%}{of_time}",
-        "lives": f"{found.restarts} restarts, {found.errors} errors, {found.skipped_updates} skipped updates",
+        "lives": ", ".join(
+            _many(count, what)
+            for count, what in (
+                (found.restarts, "restart"),
+                (found.errors, "error"),
+                (found.skipped_updates, "skipped update"),
+            )
+        ),
     }
     if found.last_error:
         lines["error"] = found.last_error
@@ -222,16 +232,21 @@ def _events(run: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _newest(store: Store) -> tuple[Path | None, str | None]:
-    """The newest intact checkpoint, or why there is none; retention may delete one while it is being read."""
-    for _ in range(3):
+def _verified(store: Store) -> tuple[Progress | None, str | None]:
+    """Where the newest intact checkpoint stands, or why there is none."""
+    for _ in range(RETRIES):
+        before = store.commits()
         try:
-            return store.latest(), None
-        except FileNotFoundError:
-            continue
-        except CheckpointError as error:
-            return None, str(error)
+            newest = store.latest()
+            return Progress.from_json(read_progress(newest)["progress"]) if newest else None, None
+        except (FileNotFoundError, CheckpointError) as error:
+            if store.commits() == before:  # otherwise retention may have deleted what was being read
+                return None, str(error)
     return None, "checkpoints come and go too fast to be read"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _name(step: int | None) -> str | None:

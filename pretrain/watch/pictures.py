@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from parlance_kernels import SampleMask
+from pretrain.models import SpecialIds
 from pretrain.models.rows import DecoderRows, SourceRows
 
 CELL, FONT, GAP, LETTERS = 16, 12, 10, 16
@@ -38,20 +39,22 @@ class Axis:
     tokens: Sequence[str]
 
 
-def mask_pictures(batch: Any, mask_id: int, decode: Decode) -> dict[str, np.ndarray]:
+def mask_pictures(batch: Any, ids: SpecialIds, decode: Decode) -> dict[str, np.ndarray]:
     """{"encoder", "decoder"}: uint8 [height, width, 3] of a packed batch (keep it to one short sample).
 
     The decoder's rows read its own keys (left) and the encoder's output (right).
-    decode: token ids -> text, for the labels.
+    ids, decode: for the labels; decode makes text of token ids, of a special one none.
     """
     source: SourceRows = batch.source
     rows: DecoderRows = batch.rows
 
+    special = {ids.mask: "[M]", ids.bos: "<s>", ids.eos: "</s>", ids.unk: "<unk>"}
+
     def tokens(ids_R: Any) -> list[str]:
-        return ["[M]" if token == mask_id else decode([token]).strip()[:LETTERS] for token in ids_R.tolist()]
+        return [special.get(token) or " ".join(decode([token]).split())[:LETTERS] for token in ids_R.tolist()]
 
     memory = Axis(["source"] * source.mask.n_rows, tokens(source.tokens_R))
-    names = _decoder_names(rows, mask_id)
+    names = _decoder_names(rows, ids.mask)
     decoder = Axis(names, tokens(rows.tokens_R))
     keys = Axis(names[: rows.n_keys], decoder.tokens[: rows.n_keys])
     predicted = dict(zip(rows.out_L.tolist(), tokens(batch.target_L), strict=True))

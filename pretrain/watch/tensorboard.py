@@ -63,7 +63,7 @@ class TensorBoard:
         if report.loss_scale is not None:
             values["train/loss_scale"] = report.loss_scale
         if report.facts.get("masked") and report.tokens:
-            values["data/mask_ratio"] = report.facts["masked"] / report.tokens
+            values["train/mask_ratio"] = report.facts["masked"] / report.tokens
         self.scalars(report.step, values)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -4,11 +4,13 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,7 +105,7 @@ def test_one_curve_over_restarts(tmp_path):
     points = [(e.step, e.value) for e in board.Scalars("loss/ar")]
     assert points == [*((s, 100.0 + s) for s in range(1, 5)), *((s, 200.0 + s) for s in range(5, 9))]
     assert [e.step for e in board.Scalars("train/loss_scale")] == [5, 6, 7, 8]
-    assert board.Scalars("data/mask_ratio")[0].value == pytest.approx(0.3)
+    assert board.Scalars("train/mask_ratio")[0].value == pytest.approx(0.3)
     assert board.Scalars("memory/rss_mebibytes")[0].value > 10
     texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in board.Tensors("config/text_summary")]
     assert texts == [(1, "    seed: 1"), (5, "    seed: 1")]
@@ -210,6 +212,36 @@ def test_foreign_text_stays_text_in_a_markdown_table(text):
     assert "".join(html.unescape(cell).split()) == "".join(f"x{html.unescape(plain(text))}x".split())
 
 
+SIGNS = st.sampled_from(
+    ["word", "日本", "é", "\u0301", "\x00", " ", "\n", *"*_|`~#<>&\\[]()!-+.:\"'{}$", "<b>", "&amp;"]
+)
+
+
+@given(st.lists(st.lists(SIGNS, max_size=4).map("".join), min_size=2, max_size=5), st.sets(st.integers(0, 4)))
+def test_any_text_is_shown_as_it_is_and_bold_where_it_should_be(words, places):
+    """As TensorBoard renders it: the words, nothing lost or read as markdown or HTML, bold in the right places."""
+    import html
+
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    hook = TextSamples(Fake(), Batch(1), lambda ids: " x".join(words[id] for id in ids), 1, None, None)
+    bold = [index in places for index in range(len(words))]
+    table = f"| a |\n| --- |\n| ^{hook._bold(list(range(len(words))), bold)}^ |"
+    cell = markdown_to_safe_html(table).partition("<td>")[2].rpartition("</td>")[0]
+    assert "<td>" not in cell
+    seen = html.unescape(re.sub("</?strong>", "", cell))
+    pieces = ["".join(c if c.isprintable() else " " for c in hook.decode(list(run))) for run in runs_of(bold)]
+    assert "".join(seen.split()) == "^" + "".join("".join(pieces).split()) + "^"
+    strong = [html.unescape(one).split() for one in re.findall("<strong>(.*?)</strong>", cell)]
+    wanted = [piece.split() for piece, run in zip(pieces, runs_of(bold), strict=True) if bold[run[0]]]
+    assert strong == [piece for piece in wanted if piece]
+
+
+def runs_of(marks):
+    """[indices of equal neighbours]"""
+    return [[index for index, _ in run] for _, run in groupby(enumerate(marks), key=lambda pair: pair[1])]
+
+
 def test_mfu_is_flops_a_second_of_the_peak(tmp_path):
     board = TensorBoard(tmp_path, 0, 2, peak=8000.0)
     out = io.StringIO()
@@ -220,6 +252,11 @@ def test_mfu_is_flops_a_second_of_the_peak(tmp_path):
     board.close()
     assert [e.value for e in read(tmp_path).Scalars("speed/mfu")] == [0.25], "1000 in half a second"
     assert " 200 tok/s mfu 25% data 20% eta" in out.getvalue()
+    shown = {
+        "speed/tokens_per_second": 200.0, "speed/samples_per_second": 20.0, "speed/data_wait_fraction": 0.2,
+        "speed/teraflops_per_second": 2e-9, "train/lr": 1e-3, "train/grad_norm": 3.14, "train/tokens": 200.0,
+    }  # fmt: skip
+    assert {tag: read(tmp_path).Scalars(tag)[-1].value for tag in shown} == pytest.approx(shown)
     assert "speed/mfu" not in scalars_without_peak(tmp_path / "none")
 
 
@@ -227,7 +264,7 @@ def scalars_without_peak(folder):
     board = TensorBoard(folder, 0, 1)
     board.after_step(report(1, facts={}))
     board.close()
-    assert "data/mask_ratio" not in read(folder).Tags()["scalars"]
+    assert "train/mask_ratio" not in read(folder).Tags()["scalars"]
     return read(folder).Tags()["scalars"]
 
 

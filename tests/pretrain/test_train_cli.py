@@ -65,7 +65,7 @@ def test_prepare_train_handoff_load(data, tmp_path, capsys):
     sample = (run / "samples" / "step_000003.txt").read_text()
     assert sample.startswith("source ") and "\nar " in sample and "\nnar " in sample
     tags = scalars(run)
-    for tag in ("loss/ar", "loss/nar", "loss/total", "train/lr", "train/grad_norm", "data/mask_ratio", "valid/total"):
+    for tag in ("loss/ar", "loss/nar", "loss/total", "train/lr", "train/grad_norm", "train/mask_ratio", "valid/total"):
         assert tags[tag][-1][0] == 6, tag
     assert [step for step, _ in tags["loss/total"]] == [1, 2, 3, 4, 5, 6]
     assert tags["loss/total"][-1][1] < tags["loss/total"][0][1]

@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.__main__ import main
 from pretrain.report import plan as planning
-from tests.pretrain.runs import make_data, write_config
+from tests.pretrain.runs import make_data, write_config, write_text
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,36 @@ def test_ranks_cut_the_batch_and_shard_the_optimizer(planned):
     )
 
 
+def test_numbers_stand_below_each_other_and_add_up(planned):
+    out = planned("--no-measure").out
+    blocks = dict(re.findall(r"\n(parameters|memory of a rank|work)[^\n]*: ([^\n]*\n(?:  [^\n]*\n)+)", out))
+    parts = re.findall(r"(?m)^  ( *[\d.,]+(?: kB| MB|%)?)  \w", "".join(blocks.values()))
+    assert len(parts) >= 12 and {len(part) for part in parts} == {14}, "right-aligned"
+    head, *lines = blocks["parameters"].splitlines()
+    assert int(head.replace(",", "")) == sum(int(line.split()[0].replace(",", "")) for line in lines)
+    head, *lines = blocks["memory of a rank"].splitlines()
+    sizes = re.findall(r"  ([\d.]+) (kB|MB)  ", "\n".join(lines))
+    kilo = [float(size) * {"kB": 1, "MB": 1000}[unit] for size, unit in sizes]
+    assert sum(kilo) * 1000 == pytest.approx(number(r"([\d.]+) MB, fits", head) * 1e6, rel=0.01)
+    assert {"weights", "gradients", "optimizer", "activations"} <= {line.split()[-1] for line in lines}
+    shares = [int(line.split("%")[0]) for line in blocks["work"].splitlines()[1:]]
+    assert sum(shares) == pytest.approx(100, abs=2)
+
+
+def test_a_blend_tells_the_epochs_of_each_source(planned, tmp_path):
+    prepare = ["prepare", "--out", str(tmp_path / "two"), "--train-tokenizer", "300", "--workers", "1"]
+    for name, documents in (("few", 30), ("many", 90)):
+        prepare += ["--source", f"{name}=text:{write_text(tmp_path / f'{name}.txt', documents)}"]
+    assert main(prepare) == 0
+    two = (f"data.path={tmp_path / 'two'}", "train.steps=20", "--no-measure")
+    assert "epochs of" in planned(*two).out and "few:" not in planned(*two).out
+    out = planned(*two, "data.weights={few: 0.75, many: 0.25}").out
+    for name, share in (("few", 0.75), ("many", 0.25)):
+        assert number(rf"(\d+)%  {name}: ", out) == 100 * share
+        size = number(rf"{name}: [\d.]+ epochs of (\d+) samples", out)
+        assert number(rf"{name}: ([\d.]+) epochs", out) == pytest.approx(20 * 6 * share / size, abs=0.01)
+
+
 def test_time_is_measured_by_real_updates(planned):
     out = planned("train.steps=100", "--measure").out
     update = number(r"([\d.]+) s an update, 0:", out)
@@ -105,7 +135,8 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error_below_the_table(planne
 def test_a_machine_too_small_is_said_and_not_tried(planned, monkeypatch):
     monkeypatch.setattr(planning, "_capacity", lambda device, ranks: 1000)
     out = planned().out
-    assert "does NOT fit in 1000 B" in out and "not measured, as it does not fit; --measure tries" in out
+    assert "does NOT fit in 1 kB (this machine's memory" in out
+    assert "not measured, as it does not fit; --measure tries" in out
     monkeypatch.undo()
     monkeypatch.setattr(planning, "PATIENCE_SECONDS", 1e-9)
     assert "not measured: it may take" in planned().out

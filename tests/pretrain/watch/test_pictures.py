@@ -12,6 +12,7 @@ from pretrain.distributed import World
 from pretrain.engine import build
 from pretrain.errors import ConfigError
 from pretrain.objectives import ObjectiveModule
+from pretrain.watch import pictures
 from pretrain.watch.cosine import GradientCosine, check
 from pretrain.watch.pictures import CELL, COLOURS, INK, WHITE, mask_pictures
 from tests.distributed_helper import run_ranks
@@ -40,7 +41,7 @@ def read_back(image, colours, rows, keys):
 @pytest.mark.parametrize("name", ["janus", "cmlm", "denoise"])
 def test_the_picture_is_the_mask(name):
     batch = objective_of(name).collate(examples(sizes=((4, 5, 2),)))
-    drawn = mask_pictures(batch, IDS.mask, lambda ids: f"w{ids[0]}")
+    drawn = mask_pictures(batch, IDS, lambda ids: f"w{ids[0]}")
     for image in drawn.values():
         assert image.dtype == np.uint8 and image.shape[2] == 3
     mask = batch.rows.self_mask.materialise().numpy()
@@ -52,11 +53,39 @@ def test_the_picture_is_the_mask(name):
 
 def test_janus_shows_every_kind_of_key_and_an_empty_query_has_a_band():
     batch = objective_of("janus").collate(examples(sizes=((4, 5, 2),)))
-    image = mask_pictures(batch, IDS.mask, str)["decoder"]
+    image = mask_pictures(batch, IDS, str)["decoder"]
     shown = {tuple(colour) for colour in np.unique(image.reshape(-1, 3), axis=0)}
     assert {*COLOURS.values(), INK, WHITE} <= shown
-    small = mask_pictures(objective_of("denoise").collate(examples(sizes=((4, 5, 2),))), IDS.mask, str)["decoder"]
+    small = mask_pictures(objective_of("denoise").collate(examples(sizes=((4, 5, 2),))), IDS, str)["decoder"]
     assert small.shape[0] < image.shape[0] and small.shape[1] < image.shape[1]
+
+
+def test_labels_say_what_every_row_is_reads_and_predicts(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "_draw", lambda rows, blocks, predicted: drawn.append((rows, blocks, predicted)))
+    batch = objective_of("janus").collate(examples(sizes=((4, 5, 2),)))
+    mask_pictures(batch, IDS, lambda ids: f"w{ids[0]}")
+    (memory, _, nothing), (rows, ((keys, _), (source, _)), predicted) = drawn
+    assert memory == source and set(memory.names) == {"source"} and nothing == {}
+    count = len(keys.names)
+    assert keys.names == rows.names[:count] and keys.tokens == rows.tokens[:count] and len(rows.names) > count
+    for name, token, number in zip(rows.names, rows.tokens, batch.rows.tokens_R.tolist(), strict=True):
+        special = {IDS.mask: "[M]", IDS.bos: "<s>", IDS.eos: "</s>"}
+        assert token == special.get(number, f"w{number}")
+        assert (token == "[M]") == (name == "MASK" or name.endswith("query"))
+    assert {rows.names[row] for row in predicted} == {"MASK", "AR query", "AUX query"}
+    targets = dict(zip(batch.rows.out_L.tolist(), batch.target_L.tolist(), strict=True))
+    assert {row: text.removeprefix("w") for row, text in predicted.items()} == {
+        row: {IDS.eos: "</s>"}.get(number, str(number)) for row, number in targets.items()
+    }
+
+
+@pytest.mark.parametrize("text", ["", "日本語", "two\nlines", "x" * 500, "\x00\u202e\ufffd"])
+def test_any_token_can_be_a_label(text):
+    batch = objective_of("janus").collate(examples(sizes=((4, 5, 2),)))
+    usual = mask_pictures(batch, IDS, str)["decoder"]
+    image = mask_pictures(batch, IDS, lambda ids: text)["decoder"]
+    assert image.dtype == np.uint8 and image.shape[1] < 2 * usual.shape[1], "long ones are cut"
 
 
 class Board:
