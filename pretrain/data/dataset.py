@@ -5,6 +5,7 @@ forked worker may share the descriptors of its parent; a pickled dataset is only
 """
 
 import collections
+import contextlib
 import errno
 import os
 import time
@@ -128,7 +129,8 @@ class ShardDataset:
                     raise DataError(f"shard `{self._file(shard)}` cannot be read: {error.strerror}") from None
                 # A handle that has gone stale stays so: open the file anew.
                 if (descriptor := self._descriptors.pop(shard, None)) is not None:
-                    os.close(descriptor)
+                    with contextlib.suppress(OSError):  # closing it may report the same failure once more
+                        os.close(descriptor)
                 time.sleep(pause)
         if len(raw) != count:
             raise DataError(f"shard `{self._file(shard)}` ends too early: {count} bytes at {offset}, got {len(raw)}")

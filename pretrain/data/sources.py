@@ -16,6 +16,8 @@ from pretrain.data.stdlib_docs import stdlib_docstrings, stdlib_topics
 from pretrain.data.text_files import Skip
 from pretrain.errors import ConfigError, DataError
 
+# Foreign tars can have a member with a suffix of its own for every document.
+MAX_REASONS, OTHER_REASONS = 32, "for other reasons"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -47,10 +49,14 @@ class Source:
     def documents(self, skipped: Counter[str] | None = None) -> Iterator[str]:
         """Documents as they stand in the source, not yet cleaned; raises `DataError` naming a bad file.
 
-        skipped: counts what is left out, by reason.
+        skipped: counts what is left out, by reason; the reasons beyond `MAX_REASONS` share one.
         """
         counted = Counter[str]() if skipped is None else skipped
-        return KINDS[self.kind].read(self.argument, lambda reason: counted.update([reason]))
+
+        def skip(reason: str) -> None:
+            counted[reason if reason in counted or len(counted) < MAX_REASONS else OTHER_REASONS] += 1
+
+        return KINDS[self.kind].read(self.argument, skip)
 
     def text_bytes(self) -> int:
         """About how many bytes `documents` will yield."""

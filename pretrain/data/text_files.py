@@ -52,9 +52,10 @@ def size(pattern: str) -> int:
 
 def open_text(file: Path) -> TextIO:
     """`file` as text. Bytes that are no UTF-8 become U+FFFD: one of them must not stop a day of work."""
+    # "-sig": a byte order mark is no part of the first record.
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8", errors="replace")
-    return file.open(encoding="utf-8", errors="replace")
+        return gzip.open(file, "rt", encoding="utf-8-sig", errors="replace")
+    return file.open(encoding="utf-8-sig", errors="replace")
 
 
 def unreadable(file: Path, error: Exception) -> DataError:
