@@ -14,7 +14,7 @@ since the save or start before it.
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ ENDS = {"finish": "finished", "stop": "stopped by a signal", "error": "failed"}
 RECENT = 4000  # values of the board that the pace is measured on
 RETRIES = 5  # of reading a checkpoint, while a fast run deletes old ones
 PACE, SPEED = "loss/total", "speed/tokens_per_second"
+LOSSES = ("loss/", "valid/")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Status:
 
     state: running, finished, stopped by a signal, failed or killed. by: the job that holds the run. step: last logged
     update. verified_step: of the newest intact checkpoint, which is where the next start resumes. problem: why there is
-    none. tokens: seen at that checkpoint. seconds_left: of training, at the pace of the last updates.
+    none. tokens: seen at that checkpoint. seconds_left: of training, at the pace of the last updates. seconds_kept: of
+    the updates that goodput counts. losses: {"loss/ar": 5.4, "valid/ar": 5.6, ...}, the last on the board of this life.
     """
 
     run: str
@@ -63,6 +65,8 @@ class Status:
     tokens_per_second: float | None
     seconds_left: float | None
     seconds_since_start: float
+    seconds_kept: float
+    losses: dict[str, float]
     goodput: float | None
     restarts: int
     skipped_updates: int
@@ -92,6 +96,7 @@ def read_status(run: Path, now: float) -> Status:
     sign = max(events[-1]["time"], board.time if board else 0.0)
     passed = (now if by else sign) - events[0]["time"]
     step = max([event["step"] for event in events[-1:]] + ([board.step] if board else []))
+    kept = sum(save["seconds"] for save in saves)
     return Status(
         run=str(run),
         state="running" if by else ENDS.get(ended, "killed"),
@@ -110,7 +115,9 @@ def read_status(run: Path, now: float) -> Status:
         tokens_per_second=board.tokens_per_second if board else None,
         seconds_left=board.seconds_per_update * (steps - step) if board and board.seconds_per_update else None,
         seconds_since_start=passed,
-        goodput=min(1.0, sum(save["seconds"] for save in saves) / passed) if passed > 0 else None,
+        seconds_kept=kept,
+        losses=board.losses if board else {},
+        goodput=min(1.0, kept / passed) if passed > 0 else None,
         restarts=len(begins) - 1,
         skipped_updates=sum(event["event"] == "skip" for event in events),
         errors=len(errors),
@@ -146,6 +153,7 @@ class Board:
     time: float
     seconds_per_update: float | None
     tokens_per_second: float | None
+    losses: dict[str, float]
 
     @classmethod
     def read(cls, folder: Path) -> "Board | None":
@@ -164,7 +172,8 @@ class Board:
             return None
         (first_step, first_time), (step, last_time) = paces[0], paces[-1]
         pace = (last_time - first_time) / (step - first_step) if step > first_step else None
-        return cls(step, parsed[-1][0].wall_time, pace, speeds[-1] if speeds else None)
+        losses = {value.tag: value.simple_value for _, value in parsed if value.tag.startswith(LOSSES)}
+        return cls(step, parsed[-1][0].wall_time, pace, speeds[-1] if speeds else None, losses)
 
 
 def describe(found: Status) -> str:
@@ -186,11 +195,12 @@ def describe(found: Status) -> str:
         done = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + found.seconds_left))
         when = f"until {done}" if found.by else "once it is started again"
         left = f"{clock(found.seconds_left)}, {when}" if found.seconds_left else "nothing"
-    of_time = f" of {clock(found.seconds_since_start)} since the first start"
+    of_time = f" of {clock(found.seconds_since_start)} since the first start, {clock(found.seconds_kept)} of updates"
     sign = f"last sign of life {clock(found.seconds_since_sign)} ago"
     lines = {
         "state": f"{found.state}, {found.by}" if found.by else found.state,
         "step": f"{found.step or 0:,} of {found.steps:,}{share}, {sign}",
+        **{name.rstrip("/"): text for name in LOSSES if (text := _terms(found.losses, name))},
         "saved": saved,
         "disk": f"{_many(found.checkpoints, 'checkpoint')}, {shown_bytes(found.checkpoint_bytes)}",
         "pace": pace,
@@ -208,6 +218,13 @@ def describe(found: Status) -> str:
     if found.last_error:
         lines["error"] = found.last_error
     return "\n".join([f"run {found.run}", *(f"  {name:8} {text}" for name, text in lines.items())])
+
+
+def _terms(losses: Mapping[str, float], group: str) -> str:
+    """`total 18.7, ar 5.91, nar 6.34`: the values of one group on the board."""
+    named = {tag.removeprefix(group): value for tag, value in losses.items() if tag.startswith(group)}
+    total = {"total": named.pop("total")} if "total" in named else {}
+    return ", ".join(f"{name} {value:.3g}" for name, value in (total | named).items())
 
 
 def _steps(run: Path) -> int:

@@ -21,7 +21,7 @@ from pretrain.errors import CheckpointError
 from pretrain.report.status import PACE, SPEED, Board, Status, describe, kept_saves, read_status
 from pretrain.runs import read_events
 from pretrain.watch.tensorboard import TensorBoard
-from tests.pretrain.runs import WORDS, make_data, start, wait_for_save, write_config
+from tests.pretrain.runs import WORDS, make_data, scalars, start, wait_for_save, write_config
 from tests.pretrain.test_hooks import report
 
 NEWEST = "step-00000004"
@@ -73,6 +73,11 @@ def test_a_finished_run(run: Path) -> None:
     assert "state    finished\n" in shown and "step     4 of 4 (100.0%)" in shown and "left     nothing\n" in shown
     assert f"step 4, verified, latest names it, {found.tokens:,} tokens seen" in shown
     assert "lives    0 restarts, 0 errors, 0 skipped updates" in shown and "2 checkpoints, " in shown
+    curve = scalars(run / "tb")
+    for tag in ("loss/total", "loss/ar", "valid/nar"):
+        assert found.losses[tag] == pytest.approx(curve[tag][-1][1])
+    assert f"loss     total {found.losses['loss/total']:.3g}, ar {found.losses['loss/ar']:.3g}, " in shown
+    assert f"valid    total {found.losses['valid/total']:.3g}, " in shown
 
 
 def test_json_is_for_programs_and_has_every_field(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
