@@ -12,7 +12,7 @@ from typing import Literal
 
 from finetune.tasks.base import Pair, SplitName, one_line
 from pretrain.config import Section
-from pretrain.data.stdlib_docs import stdlib_docstrings
+from pretrain.data.sources.stdlib_docs import stdlib_docstrings
 from pretrain.errors import DataError
 
 SUMMARY_WORDS = range(2, 33)

@@ -16,7 +16,7 @@ from pretrain.config import ModelConfig
 from pretrain.data.dataset import ShardDataset
 from pretrain.data.plan import BatchSize
 from pretrain.data.prepare import prepare
-from pretrain.data.stdlib_docs import stdlib_docstrings, stdlib_topics
+from pretrain.data.sources.stdlib_docs import stdlib_docstrings, stdlib_topics
 from pretrain.data.stream import SampleStream, ShardCorpus, Window
 from pretrain.data.text import clean, sentences
 from pretrain.objectives import build

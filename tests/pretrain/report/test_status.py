@@ -73,7 +73,7 @@ def test_a_finished_run(run: Path) -> None:
     assert "state    finished\n" in shown and "step     4 of 4 (100.0%)" in shown and "left     nothing\n" in shown
     assert f"step 4, verified, latest names it, {found.tokens:,} tokens seen" in shown
     assert "lives    0 restarts, 0 errors, 0 skipped updates" in shown and "2 checkpoints, " in shown
-    curve = scalars(run / "tb")
+    curve = scalars(run)
     for tag in ("loss/total", "loss/ar", "valid/nar"):
         assert found.losses[tag] == pytest.approx(curve[tag][-1][1])
     assert f"loss     total {found.losses['loss/total']:.3g}, ar {found.losses['loss/ar']:.3g}, " in shown

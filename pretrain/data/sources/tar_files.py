@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
 
-from pretrain.data.record_files import MAX_RECORD_CHARACTERS, json_document, split_field
-from pretrain.data.text_files import DAMAGE, MAX_DOCUMENT_CHARACTERS, Skip, files, unreadable
+from pretrain.data.sources.record_files import MAX_RECORD_CHARACTERS, json_document, split_field
+from pretrain.data.sources.text_files import DAMAGE, MAX_DOCUMENT_CHARACTERS, Skip, files, unreadable
 
 # Not tarfile's own decompression: it checks no checksum and stops after the first of several compressed streams.
 COMPRESSED: dict[bytes, Callable[[Path], io.BufferedIOBase]] = {

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from pretrain.config import read_yaml
-from pretrain.data import record_files, tar_files
 from pretrain.data.dataset import ShardDataset
 from pretrain.data.prepare import prepare
-from pretrain.data.sources import parse_source, read_specs
+from pretrain.data.sources import parse_source, read_specs, record_files, tar_files
 from pretrain.errors import ConfigError, DataError
 
 
@@ -237,7 +236,7 @@ def test_a_file_of_sources(tmp_path: Path) -> None:
 
 
 def test_the_published_sources_are_the_hub_at_a_commit_or_a_branch() -> None:
-    file = Path(__file__).resolve().parents[3] / "configs" / "data" / "wikipedia_books.yaml"
+    file = Path(__file__).resolve().parents[4] / "configs" / "data" / "wikipedia_books.yaml"
     sources = {spec.partition("=")[0]: parse_source(spec) for spec in read_specs(file)}
     assert list(sources) == list(read_yaml(file)) and {source.kind for source in sources.values()} == {"hf"}
     assert sources["wikipedia"].pinned() == sources["wikipedia"]  # asks nobody: it names a commit

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.config import read_yaml
-from pretrain.data import hub, record_files, tar_files, text_files
-from pretrain.data.stdlib_docs import stdlib_docstrings, stdlib_topics
-from pretrain.data.text_files import Skip
+from pretrain.data.sources import hub, record_files, tar_files, text_files
+from pretrain.data.sources.stdlib_docs import stdlib_docstrings, stdlib_topics
+from pretrain.data.sources.text_files import Skip
 from pretrain.errors import ConfigError, DataError
 
 # Foreign tars can have a member with a suffix of its own for every document.

@@ -10,9 +10,8 @@ import datasets
 import huggingface_hub
 import pytest
 
-from pretrain.data import hub
 from pretrain.data.prepare import prepare
-from pretrain.data.sources import parse_source
+from pretrain.data.sources import hub, parse_source
 from pretrain.errors import DataError
 
 COMMIT = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from pretrain.data.text_files import DAMAGE, Skip, files, open_text, unreadable
+from pretrain.data.sources.text_files import DAMAGE, Skip, files, open_text, unreadable
 from pretrain.errors import DataError
 
 MAX_RECORD_CHARACTERS = 1 << 26

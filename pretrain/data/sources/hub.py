@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.data.text_files import Skip
+from pretrain.data.sources.text_files import Skip
 from pretrain.errors import DataError
 
 SECONDS = 15.0

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import text_files as module
 from pretrain.data.sources import parse_source, parse_sources
-from pretrain.data.stdlib_docs import stdlib_docstrings, stdlib_topics
+from pretrain.data.sources import text_files as module
+from pretrain.data.sources.stdlib_docs import stdlib_docstrings, stdlib_topics
 from pretrain.errors import DataError
 
 
