@@ -10,7 +10,7 @@ from pretrain.bundles.bundle import load_bundle, read_description
 from pretrain.checkpoints.commit import Store
 from pretrain.config import ModelConfig, RunConfig, TrainConfig
 from pretrain.data.dataset import ShardDataset, Split
-from pretrain.data.order import BlendedOrder
+from pretrain.data.order import BlendedOrder, weights_by_name
 from pretrain.data.plan import BatchSize, Corpus, plan_step
 from pretrain.data.stream import SampleStream, ShardCorpus
 from pretrain.data.tokenizer import TextTokenizer
@@ -144,6 +144,4 @@ def _has_checkpoint(settings: RunConfig) -> bool:
 
 def _weights(settings: RunConfig, corpus: ShardCorpus) -> list[float] | None:
     weights = settings.data.weights
-    if weights is not None and set(weights) != set(corpus.names):
-        raise ConfigError(f"`data.weights` must name {', '.join(corpus.names)}, got {', '.join(weights)}")
-    return None if weights is None else [weights[name] for name in corpus.names]
+    return None if weights is None else weights_by_name(corpus.names, weights)

@@ -122,7 +122,7 @@ def test_a_run_that_was_ended_goes_on_bit_by_bit(end, data, uninterrupted, tmp_p
         ("objective.name=bert", 3, "`objective.name` must be one of janus"),
         ("model.vocab_size=100", 3, "`model.vocab_size` must be at least"),
         ("model.max_positions=16", 3, "`model.max_positions` must be at least"),
-        ("data.weights={other: 1}", 3, "`data.weights` must name tiny, got other"),
+        ("data.weights={other: 1}", 3, "`data.weights` names an unknown source `other`; sources: tiny"),
         ("engine.backend=cuda", 3, "`engine.backend`"),
         ("data.path=nowhere", 4, "data folder `nowhere`"),
         ("nonsense", 3, "must look like key=value"),
