@@ -29,7 +29,6 @@ from pretrain.distributed import check_same, together
 from pretrain.engine import build
 from pretrain.errors import ConfigError, DataError
 from pretrain.flatten import flatten
-from pretrain.hooks import Signals
 from pretrain.loop import Hook, Progress
 from pretrain.objectives import ObjectiveModule
 from pretrain.run import Run, claim
@@ -67,7 +66,6 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         ParlanceError: with the exit code of `pretrain.errors`; what one rank meets, every rank raises.
     """
     with ExitStack() as stack:
-        signals = stack.enter_context(Signals())
         world = distributed.init()
         stack.callback(distributed.shutdown)
         given = together(lambda: complete_options(config.load(TuneConfig, config_path, overrides)))
@@ -86,7 +84,7 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         run = Run(settings, world, engine, stream, store, data.fingerprint, "bundle, task", stack)
         distributed.rank_zero(lambda: write_task(run.folder / TASK, data))
         run.announce(repaired, changed, derived(run, settings, data))
-        progress = run.train(signals, written_texts(run, settings, bundle, runner, data))
+        progress = run.train(written_texts(run, settings, bundle, runner, data))
         return hand_over(run, settings, bundle, runner, data, progress)
 
 

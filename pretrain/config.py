@@ -249,7 +249,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config `{path}` must be at most {MAX_CONFIG_BYTES} characters, it has more")
     try:
         values = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ConfigError(f"config `{path}` is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config `{path}` must be a mapping of keys, got {type(values).__name__}")
@@ -271,7 +271,7 @@ def parse_scalar(text: str, where: str) -> Any:
     """Parses the right-hand side of an override the way the YAML file itself is parsed."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -290,11 +290,13 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        seen = set[str]()
         for key in keys:
             if not isinstance(key, str):
                 raise yaml.YAMLError(f"keys must be text, got {key!r}")
-            if keys.count(key) > 1:
+            if key in seen:
                 raise yaml.YAMLError(f"key `{key}` appears twice")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 

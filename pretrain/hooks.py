@@ -17,6 +17,7 @@ from pretrain.engine import Engine
 from pretrain.errors import Requeue
 from pretrain.loop import Progress, StepReport, global_counts, global_means, weighted
 from pretrain.objectives import Preview
+from pretrain.runs import write_text
 from pretrain.watch.console import terms
 from pretrain.watch.tensorboard import TensorBoard, plain
 
@@ -78,9 +79,8 @@ class TextSamples:
         module.train()
         if self.board is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         text = "\n\n".join(self._show(preview) for preview in previews)
-        (self.folder / f"step_{report.step:06d}.txt").write_text(text + "\n", encoding="utf-8")
+        write_text(self.folder / f"step_{report.step:06d}.txt", text + "\n")
         for mode in sorted({mode for preview in previews for mode in preview.predicted}):
             rows = [self._row(preview, mode) for preview in previews if mode in preview.predicted]
             target = "target, **bold** where it was hidden" if any("**" in row[1] for row in rows) else "target"

@@ -130,12 +130,16 @@ class Run:
         for name, image_HWC in pictures().items():
             self.board.picture(name, image_HWC)
 
-    def train(self, signals: Signals, texts: Hook | None) -> Progress:
-        """Trains to the last update. texts: the hook that shows what the model writes."""
+    def train(self, texts: Hook | None) -> Progress:
+        """Trains to the last update. texts: the hook that shows what the model writes.
+
+        Signals are caught from here on: before, there is nothing to save, and a rank that waits for the others must
+        not outlive one.
+        """
         steps = self.settings.train.steps
         rate = partial(learning_rate, config=self.settings.optim, total_steps=steps)
         windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
-        with self._journal(), closing(windows):  # a generator: its end ends its workers
+        with Signals() as signals, self._journal(), closing(windows):  # a generator: its end ends its workers
             hooks = AllRanks(together(lambda: self._hooks(signals, texts)), self.folder)
             return fit(self.engine, windows, rate, steps, self.progress, [hooks], flops.facts(self.model))
 
@@ -242,11 +246,16 @@ def claim(
     complete: fills in the defaults of options that config.yaml may be too old to hold.
     """
     assert isinstance(settings, BaseModel)
-    before = runs.read_config(settings.run_dir, type(settings))
-    if before is None or not store.commits():
+    if not store.commits():
         return {}
     if settings.train.resume == "never":
         raise CheckpointError(
             f"run `{settings.run_dir}` has checkpoints and `train.resume` is never: choose another `name`"
+        )
+    before = runs.read_config(settings.run_dir, type(settings))
+    if before is None:
+        raise CheckpointError(
+            f"`{settings.run_dir / runs.CONFIG}` must be there: without it nobody knows what its checkpoints were "
+            "trained as; bring it back, or choose another `name`"
         )
     return runs.check_continues(settings, complete(before), settings.run_dir, fixed, free)

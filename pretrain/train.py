@@ -18,7 +18,7 @@ from pretrain.distributed import check_same, together
 from pretrain.engine import build
 from pretrain.errors import ConfigError, DataError
 from pretrain.flatten import flatten
-from pretrain.hooks import Signals, TextSamples
+from pretrain.hooks import TextSamples
 from pretrain.loop import Hook, Progress
 from pretrain.run import PREVIEWS, Run, claim
 from pretrain.watch.console import short
@@ -44,7 +44,6 @@ def main(
         ParlanceError: with the exit code of `pretrain.errors`; what one rank meets, every rank raises.
     """
     with ExitStack() as stack:
-        signals = stack.enter_context(Signals())
         world = distributed.init()
         stack.callback(distributed.shutdown)
         given = together(lambda: complete_options(config.load(RunConfig, config_path, overrides)))
@@ -62,7 +61,7 @@ def main(
         engine = build(settings.engine, settings.optim, module, world, user)
         run = Run(settings, world, engine, stream, store, data, "data.path", stack)
         run.announce(repaired, changed, derived(run, settings, dataset), lambda: masks(run, dataset))
-        return run.train(signals, together(lambda: text_samples(run, dataset)))
+        return run.train(together(lambda: text_samples(run, dataset)))
 
 
 def complete_options(settings: RunConfig) -> RunConfig:

@@ -1,6 +1,5 @@
 """`handoff RUN --out BUNDLE`: the last verified checkpoint of a run as a bundle for fine-tuning."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +12,7 @@ from pretrain.bundles.bundle import load_bundle, write_bundle
 from pretrain.bundles.description import Description, Mode
 from pretrain.checkpoints.checkpoint import read_progress
 from pretrain.checkpoints.commit import Store
+from pretrain.checkpoints.seal import read_json
 from pretrain.config import RunConfig
 from pretrain.data.manifest import Manifest, read_manifest, read_tokenizer
 from pretrain.errors import CheckpointError
@@ -83,10 +83,9 @@ def read_weights(commit: Path) -> dict[str, Tensor]:
 def read_environment(run: Path) -> dict[str, Any]:
     """env.json of the run; empty where it is missing or broken, which costs only provenance."""
     try:
-        values = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(run / ENVIRONMENT)
+    except CheckpointError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def describe(config: RunConfig, progress: Progress, manifest: Manifest, environment: dict[str, Any]) -> dict[str, Any]:

@@ -210,7 +210,7 @@ class Store:
     def _finish(self, staging: Path) -> str:
         """A staging directory with an intact manifest was committed in all but name; anything else was not."""
         step = number(staging.name)
-        if step is not None and not verify(staging):
+        if step is not None and _is_directory(staging) and not verify(staging):
             self._publish(staging, step)
             return f"finished the commit of step {step}"
         self._discard(staging)
@@ -263,7 +263,12 @@ class Store:
         for path in sorted(trash.iterdir()):
             self._delete(path)
         self._hook("rmdir", trash)
-        trash.rmdir()
+        try:
+            trash.rmdir()
+        except OSError as error:
+            # NFS keeps a deleted file under another name while someone has it open: the next start deletes the rest.
+            if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+                raise
 
     def _seal(self, path: Path) -> Described:
         self._hook("fsync", path)

@@ -10,6 +10,7 @@ import torch
 # the first line whose words all occur counts.
 DATA_SHEETS: tuple[tuple[frozenset[str], float, float], ...] = (
     (frozenset({"B200"}), 2250.0, 75.0),
+    (frozenset({"H200", "NVL"}), 835.0, 60.0),
     (frozenset({"H200"}), 989.0, 67.0),
     (frozenset({"H100", "PCIe"}), 756.0, 51.0),
     (frozenset({"H100", "NVL"}), 835.0, 60.0),

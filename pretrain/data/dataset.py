@@ -129,8 +129,7 @@ class ShardDataset:
                     raise DataError(f"shard `{self._file(shard)}` cannot be read: {error.strerror}") from None
                 # A handle that has gone stale stays so: open the file anew.
                 if (descriptor := self._descriptors.pop(shard, None)) is not None:
-                    with contextlib.suppress(OSError):  # closing it may report the same failure once more
-                        os.close(descriptor)
+                    _close(descriptor)
                 time.sleep(pause)
         if len(raw) != count:
             raise DataError(f"shard `{self._file(shard)}` ends too early: {count} bytes at {offset}, got {len(raw)}")
@@ -139,11 +138,16 @@ class ShardDataset:
     def _descriptor(self, shard: int) -> int:
         if shard not in self._descriptors:
             if len(self._descriptors) >= OPEN_SHARDS:
-                os.close(self._descriptors.popitem(last=False)[1])
+                _close(self._descriptors.popitem(last=False)[1])
             self._descriptors[shard] = os.open(self._file(shard), os.O_RDONLY | os.O_CLOEXEC)
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
+            _close(descriptor)
+
+
+def _close(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # a mounted store may report an earlier failure once more; nothing was written
+        os.close(descriptor)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,9 +56,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """The first 128 bytes of a .npy file, whatever numpy's version would choose."""
+    sizes = "".join(f"{size}, " for size in shape).rstrip() if len(shape) == 1 else str(shape)[1:-1]
+    header = f"{{'descr': '{dtype.newbyteorder('<').str}', 'fortran_order': False, 'shape': ({sizes}), }}"
+    return b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(NPY_HEADER_BYTES - 11).encode() + b"\n"
+
+
 def npy_bytes(array: np.ndarray) -> bytes:
-    """`array` as a .npy file whose header is always 128 bytes, whatever numpy's version would choose."""
-    shape = "".join(f"{size}, " for size in array.shape).rstrip() if array.ndim == 1 else str(array.shape)[1:-1]
-    header = f"{{'descr': '{array.dtype.newbyteorder('<').str}', 'fortran_order': False, 'shape': ({shape}), }}"
+    """`array` as a .npy file."""
     body = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
-    return b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(NPY_HEADER_BYTES - 11).encode() + b"\n" + body
+    return npy_header(array.shape, array.dtype) + body

@@ -7,13 +7,13 @@ what came out. `index.npy` is int64 [samples, 6] with the columns named here.
 import hashlib
 import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from pretrain.config import Section
-from pretrain.data.files import sha256_of
+from pretrain.data.files import NPY_HEADER_BYTES, npy_header, sha256_of
 from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from pretrain.errors import DataError
 
@@ -82,6 +82,11 @@ class Manifest(Section):
     shards: tuple[ShardEntry, ...]
 
 
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Type of stored tokens: uint16 where every id fits."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
 def to_json(section: Section) -> bytes:
     """The bytes of a section as JSON with sorted keys."""
     return (json.dumps(section.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
@@ -131,12 +136,36 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
     try:
         if sha256_of(file) != manifest.index_sha256:
             raise DataError(f"`{file}` does not match manifest.json (sha256): prepare the folder again")
-        index = np.load(file, mmap_mode="r" if manifest.samples else None, allow_pickle=False)
+        shape, dtype = (manifest.samples, COLUMNS), np.dtype(np.int64)
+        with file.open("rb") as opened:
+            header = opened.read(NPY_HEADER_BYTES)
+        if header != npy_header(shape, dtype) or file.stat().st_size != len(header) + 8 * COLUMNS * manifest.samples:
+            raise DataError(f"`{file}` must be int64 [{manifest.samples}, {COLUMNS}], as `prepare` writes it")
+        index: np.ndarray = (
+            np.memmap(file, dtype, "r", len(header), shape) if manifest.samples else np.empty(shape, dtype)
+        )
     except (OSError, ValueError) as error:
         raise DataError(f"`{file}` cannot be read: {error}") from None
-    if index.shape != (manifest.samples, COLUMNS) or index.dtype != np.int64:
-        raise DataError(f"`{file}` must be int64 [{manifest.samples}, {COLUMNS}], got {index.dtype} {index.shape}")
+    wrong = np.flatnonzero(~_inside(index, manifest))
+    if len(wrong):
+        raise DataError(f"`{file}`: sample {wrong[0]} must lie inside a shard, its row is {index[wrong[0]].tolist()}")
     return np.asarray(index)
+
+
+def _inside(index: np.ndarray, manifest: Manifest) -> np.ndarray:
+    """Whether the row of each sample names a shard, a split and places inside that shard; bool [samples]."""
+    bytes_of = np.array([shard.bytes for shard in manifest.shards] or [0], np.int64)
+    known = (index[:, SHARD] >= 0) & (index[:, SHARD] < len(manifest.shards))
+    within = bytes_of[np.where(known, index[:, SHARD], 0)]
+    good = known & np.isin(index[:, SPLIT], (TRAIN, VALID))
+    for at, count, size in (
+        (TOKENS_AT, N_TOKENS, np.dtype(manifest.token_dtype).itemsize), (SENTENCES_AT, N_SENTENCES, 4)
+    ):  # fmt: skip
+        start, length = index[:, at], index[:, count]
+        # the first two keep the product from overflowing
+        good &= (start >= 0) & (start <= within) & (length > 0) & (length <= within)
+        good &= start + size * np.minimum(length, within) <= within
+    return good
 
 
 def read_tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer:
@@ -148,6 +177,12 @@ def read_tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer:
         raise DataError(
             f"`{folder / TOKENIZER_FILE}` must be the tokenizer of the manifest ({manifest.tokenizer_sha256[:12]}), "
             f"it is {tokenizer.sha256[:12]}"
+        )
+    dtype = token_dtype(tokenizer.vocab_size).name
+    if (manifest.vocab_size, manifest.token_dtype) != (tokenizer.vocab_size, dtype):
+        raise DataError(
+            f"`{folder / MANIFEST_FILE}`: `vocab_size` and `token_dtype` must be {tokenizer.vocab_size} and {dtype}, "
+            f"as the tokenizer has them, they are {manifest.vocab_size} and {manifest.token_dtype}"
         )
     return tokenizer
 

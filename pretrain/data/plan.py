@@ -34,7 +34,10 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Global batch: `samples`, or as many samples as fit into `tokens`; `micro_max_tokens` in one micro-batch."""
+    """Global batch: `samples`, or as many samples as fit into `tokens`; `micro_max_tokens` in one micro-batch.
+
+    Exactly one of `samples` and `tokens` is given, which `BatchConfig` has checked.
+    """
 
     samples: int | None
     tokens: int | None
@@ -42,8 +45,6 @@ class BatchSize:
 
     def check(self, longest: int) -> None:
         """Raises `ConfigError` where a sample of `longest` tokens would not fit."""
-        if (self.samples is None) == (self.tokens is None):
-            raise ConfigError("give exactly one of `batch.samples` and `batch.tokens`")
         for name, limit in (("micro_max_tokens", self.micro_max_tokens), ("tokens", self.tokens)):
             if limit is not None and limit < longest:
                 raise ConfigError(f"`batch.{name}` must be at least the longest sample, {longest} tokens, got {limit}")

@@ -7,6 +7,7 @@ command continues: units are read again, and those whose shard has a record are 
 
 import fcntl
 import hashlib
+import os
 import platform
 import shutil
 import sys
@@ -32,10 +33,11 @@ from pretrain.data.manifest import (
     read_manifest,
     shard_problem,
     to_json,
+    token_dtype,
 )
 from pretrain.data.meter import Meter
 from pretrain.data.shard_pool import write_shards
-from pretrain.data.shards import MIN_TOKENS, PARTS_FOLDER, ShardRecord, check_max_length, record_path, token_dtype
+from pretrain.data.shards import MIN_TOKENS, PARTS_FOLDER, ShardRecord, check_max_length, record_path
 from pretrain.data.sources import Source, parse_sources
 from pretrain.data.text import clean, sentences
 from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer, check_vocab_size, train_bpe
@@ -160,7 +162,8 @@ def _same_plan(folder: Path, old: Plan, new: Plan) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds the folder against a second `prepare`; the kernel lets go when the process dies."""
-    with (folder / PARTS_FOLDER / LOCK_FILE).open("w") as lock:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(folder / PARTS_FOLDER / LOCK_FILE, flags, 0o666), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -10,13 +10,12 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pretrain.config import Section
 from pretrain.data.files import NPY_HEADER_BYTES, npy_bytes, write_atomic
-from pretrain.data.manifest import TRAIN, VALID, ShardEntry
+from pretrain.data.manifest import TRAIN, VALID, ShardEntry, token_dtype
 from pretrain.data.text import clean, sentences
 from pretrain.data.tokenizer import TextTokenizer
 from pretrain.errors import DataError
@@ -60,11 +59,6 @@ class ShardRecord(Section):
 def record_path(folder: Path, shard_file: str) -> Path:
     """Where the record of a shard lies while the folder is unfinished."""
     return folder / PARTS_FOLDER / f"{shard_file}.json"
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Type of stored tokens: uint16 where every id fits."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 def write_shard(folder: Path, unit: Unit, tokenizer: TextTokenizer, max_length: int, valid_permille: int) -> None:

@@ -199,10 +199,10 @@ def derive(config: EngineConfig, optim: OptimConfig, weights: int) -> dict[str, 
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if config.precision == "bf16":
-        derived["bf16"] = {"enabled": True}
+    derived["bf16"] = {"enabled": config.precision == "bf16"}  # also where it is off, so that a user's own conflicts
+    derived["fp16"] = {"enabled": config.precision == "fp16"}
     if config.precision == "fp16":
-        derived["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
+        derived["fp16"] |= {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
     if config.precision != "fp32":
         # sums of gradients, over micro-batches and over ranks, lose too much in 16 bits
         derived["data_types"] = {"grad_accum_dtype": "fp32"}

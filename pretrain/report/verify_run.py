@@ -71,7 +71,7 @@ def examine_run(run: Path) -> list[Finding]:
     if not busy:
         rest = [path for path in sorted(store.folder.glob("*")) if path not in commits]
         findings += [_left_over(path) for path in rest]
-        sealed += [path for path in rest if path.name.startswith("staging-") and not seal.verify(path)]
+        sealed += [path for path in rest if _would_finish(path)]
         findings += _pointer(run, pointer, [path.name for path in commits], [path.name for path in sealed])
     if sound:
         findings += _if_there(sound[-1], partial(_data, run, sound[-1])) or []
@@ -183,6 +183,9 @@ def _wrong_files(commit: Path, index: Mapping[str, Any], ranks: int) -> list[str
     if index["format"] != FORMAT or index["ranks"] != ranks:
         found = f"{index['format']!r:.80} and {index['ranks']!r:.80}"
         return [f"{commit / INDEX}: `format` and `ranks` must be {FORMAT} and {ranks}, are {found}"]
+    step, updates = seal.number(commit.absolute().name) or 0, index.get("updates")
+    if type(updates) is not int or not 0 <= updates <= step:
+        return [f"{commit / INDEX}: `updates` must be from 0 to {step}, is {updates!r:.80}"]
     present = {path.name for path in commit.iterdir()}
     numbers = range(min(ranks, len(present)))  # who promises a billion ranks shall not be believed
     files = {f"{kind}-rank{rank}.safetensors" for kind in ("state", "rng") for rank in numbers}
@@ -254,12 +257,16 @@ def _broken_lines(path: Path) -> list[Finding]:
     return findings
 
 
+def _would_finish(path: Path) -> bool:
+    """Whether the next start takes this for a commit that lacks nothing but its name."""
+    return path.name.startswith("staging-") and path.is_dir() and not path.is_symlink() and not seal.verify(path)
+
+
 def _left_over(path: Path) -> Finding:
     if path.name.startswith("trash-"):
         return note(f"{path} was being deleted: the next start deletes it")
     if path.name.startswith("staging-"):
-        whole = not seal.verify(path)
-        return note(f"{path} was being saved: the next start {'finishes' if whole else 'deletes'} it")
+        return note(f"{path} was being saved: the next start {'finishes' if _would_finish(path) else 'deletes'} it")
     return note(f"{path} is nothing that training writes")
 
 

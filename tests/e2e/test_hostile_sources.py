@@ -26,10 +26,12 @@ KEPT = "One honest document stands here, long enough to be kept."
 # Python and the tokenizer take 250 MB; a bomb that is held whole would take half a gigabyte and more.
 MOST_MEGABYTES = 600
 PREPARE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from pretrain.__main__ import main
 code = main(["prepare", *sys.argv[1:], "--train-tokenizer", "300", "--workers", "1"])
-print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+# Not ru_maxrss: that begins with the size of the process that started this one.
+print(code, int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
 """
 
 

@@ -23,6 +23,7 @@ ON_A_CPU += [f"model.{key}={value}" for key, value in TINY.items()]
 SMALLER = {
     "configs/pretrain/janus_base.yaml": ON_A_CPU,
     "configs/pretrain/quickstart.yaml": ["train.steps=2", "train.save_every=2", "batch.tokens=256", *NARROW],
+    "configs/pretrain/wiki_books_small.yaml": ["train.steps=2", "batch.tokens=256", "data.workers=0", *NARROW],
     "configs/pretrain/debug.yaml": ["train.steps=2"],
     "configs/finetune/stdlib_summaries/ar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
     "configs/finetune/stdlib_summaries/nar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
@@ -61,6 +62,10 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "corpus").mkdir()
     text = write_text(tmp_path / "corpus" / "a.txt", 60)
     (tmp_path / "corpus" / "a.txt.gz").write_bytes(gzip.compress(text.read_bytes()))
+    (tmp_path / "wiki").symlink_to("corpus")
+    (tmp_path / "books" / "someone").mkdir(parents=True)
+    write_text(tmp_path / "books" / "someone" / "a.md", 60)
+    write_text(tmp_path / "books" / "someone" / "b.md", 40)
     return tmp_path
 
 

@@ -309,3 +309,28 @@ def test_a_loss_that_is_not_finite_is_exit_code_7_and_is_never_committed(data, t
     assert (run / "latest").read_text().strip() == "step-00000002"
     event = read_events(run)[-1]
     assert (event["event"], event["kind"], event["step"]) == ("error", "NonFiniteError", 2)
+
+
+def test_a_run_that_lost_its_configuration_is_not_continued(data, tmp_path, capsys):
+    config = write_config(tmp_path, data)
+    assert main(["train", str(config), "train.steps=1", "train.save_every=1"]) == 0
+    (tmp_path / "runs" / "tiny" / "config.yaml").unlink()
+    assert main(["train", str(config), "train.steps=2", "objective.name=denoise", "seed=9"]) == 5
+    assert "config.yaml` must be there" in last_line(capsys.readouterr())
+    assert main(["train", str(config), "train.resume=never"]) == 5
+    assert "`train.resume` is never" in last_line(capsys.readouterr())
+
+
+def test_samples_are_not_written_through_a_link(data, tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    samples = tmp_path / "runs" / "tiny" / "samples"
+    samples.mkdir(parents=True)
+    (samples / "step_000001.txt").symlink_to(tmp_path / "victim")
+    assert main(["train", str(write_config(tmp_path, data)), "train.steps=1", "train.sample_every=1"]) == 0
+    assert (tmp_path / "victim").read_text() == "mine" and not (samples / "step_000001.txt").is_symlink()
+
+
+@pytest.mark.parametrize("value", ["2024-02-30", "!!int x", "9" * 5000])
+def test_scalars_that_yaml_cannot_read(value, data, tmp_path, capsys):
+    assert main(["train", str(write_config(tmp_path, data)), f"name={value}"]) == 3
+    assert last_line(capsys.readouterr()).startswith("error: override `name=")

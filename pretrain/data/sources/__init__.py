@@ -13,7 +13,7 @@ from pathlib import Path
 from pretrain.config import read_yaml
 from pretrain.data.sources import hub, record_files, tar_files, text_files
 from pretrain.data.sources.stdlib_docs import stdlib_docstrings, stdlib_topics
-from pretrain.data.sources.text_files import Skip
+from pretrain.data.sources.text_files import MAX_DOCUMENT_CHARACTERS, Skip
 from pretrain.errors import ConfigError, DataError
 
 # Foreign tars can have a member with a suffix of its own for every document.
@@ -47,7 +47,9 @@ class Source:
     argument: str
 
     def documents(self, skipped: Counter[str] | None = None) -> Iterator[str]:
-        """Documents as they stand in the source, not yet cleaned; raises `DataError` naming a bad file.
+        """Documents as they stand in the source, not yet cleaned, none longer than `MAX_DOCUMENT_CHARACTERS`.
+
+        Raises `DataError` naming a bad file.
 
         skipped: counts what is left out, by reason; the reasons beyond `MAX_REASONS` share one.
         """
@@ -56,7 +58,10 @@ class Source:
         def skip(reason: str) -> None:
             counted[reason if reason in counted or len(counted) < MAX_REASONS else OTHER_REASONS] += 1
 
-        return KINDS[self.kind].read(self.argument, skip)
+        for document in KINDS[self.kind].read(self.argument, skip):
+            yield document[:MAX_DOCUMENT_CHARACTERS]
+            for at in range(MAX_DOCUMENT_CHARACTERS, len(document), MAX_DOCUMENT_CHARACTERS):
+                yield document[at : at + MAX_DOCUMENT_CHARACTERS]
 
     def text_bytes(self) -> int:
         """About how many bytes `documents` will yield."""

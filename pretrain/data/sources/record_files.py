@@ -10,8 +10,9 @@ from typing import Any, TextIO
 from pretrain.data.sources.text_files import DAMAGE, Skip, files, open_text, unreadable
 from pretrain.errors import DataError
 
-MAX_RECORD_CHARACTERS = 1 << 26
-BATCH_ROWS = 1024
+# Python takes some 25 bytes for a character of JSON that is all brackets.
+MAX_RECORD_CHARACTERS = 1 << 24
+BATCH_ROWS = 256
 
 
 def json_lines(argument: str, skip: Skip) -> Iterator[str]:
@@ -34,15 +35,17 @@ def parquet(argument: str, skip: Skip) -> Iterator[str]:
     pattern, field = split_field(argument)
     for file in files(pattern):
         try:
-            # A row group is decompressed a column chunk at a time, so a bomb would have to be one column of one group.
             with reader.ParquetFile(file) as opened:
                 schema = opened.schema_arrow
-                kind = schema.field(field).type if field in schema.names else None
-                if kind is None or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                    columns = ", ".join(f"{one.name} ({one.type})" for one in schema)[:200]
-                    raise DataError(f"`{file}` must have a column `{field}` of strings, it has {columns}")
+            kind = schema.field(field).type if field in schema.names else None
+            if kind is None or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                columns = ", ".join(f"{one.name} ({one.type})" for one in schema)[:200]
+                raise DataError(f"`{file}` must have a column `{field}` of strings, it has {columns}")
+            # A file may say one long string a million times; as a dictionary it is in memory once.
+            with reader.ParquetFile(file, read_dictionary=[field]) as opened:
                 for batch in opened.iter_batches(BATCH_ROWS, columns=[field]):
-                    for text in batch.column(0).to_pylist():
+                    for value in batch.column(0):
+                        text = value.as_py()
                         if text is None:
                             skip(f"no `{field}`")
                         else:

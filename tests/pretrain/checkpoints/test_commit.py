@@ -157,3 +157,21 @@ def test_two_jobs_and_a_stale_lock(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.lock()
     store.unlock()
+
+
+def test_what_nfs_keeps_of_an_open_file_is_deleted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS renames a file that is deleted while someone reads it, so the folder is not empty for a while."""
+    real = Path.unlink
+
+    def silly(self: Path, missing_ok: bool = False) -> None:
+        self.rename(self.with_name(f".nfs{self.name}"))
+
+    store = Store(tmp_path)
+    save(store, 1)
+    save(store, 2)
+    monkeypatch.setattr(Path, "unlink", silly)
+    store.retain(1)
+    assert store.latest() == tmp_path / "checkpoints" / "step-00000002"
+    monkeypatch.setattr(Path, "unlink", real)
+    store.recover()
+    assert tidy(tmp_path)

@@ -1,10 +1,12 @@
 """Reading: by fork and pickle, and every kind of damage reported by name."""
 
 import errno
+import hashlib
 import multiprocessing
 import os
 import pickle
 import shutil
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,7 +17,8 @@ import pytest
 
 from pretrain.data import dataset as module
 from pretrain.data.dataset import RETRY_SECONDS, ShardDataset
-from pretrain.data.manifest import read_manifest, verify_folder
+from pretrain.data.files import npy_bytes
+from pretrain.data.manifest import manifest_bytes, read_manifest, verify_folder
 from pretrain.errors import DataError
 
 
@@ -151,3 +154,68 @@ def test_a_store_that_stays_away_is_named(
     with pytest.raises(DataError, match=r"shard `.*hills-000000\.tar` cannot be read"):
         dataset.tokens(0)
     assert len(slept) == pauses
+
+
+def test_a_stale_handle_that_cannot_even_be_closed(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, close = ShardDataset(prepared), os.close
+    wanted = dataset.tokens(0)
+
+    def stale(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(errno.ESTALE, "stale")
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "pread", Stumbling([errno.ESTALE, errno.EIO]))
+    monkeypatch.setattr(os, "close", stale)
+    assert np.array_equal(dataset.tokens(0), wanted)
+
+
+def _read_as_nobody(folder: Path, pipe: Connection) -> None:
+    if os.getuid() == 0:
+        os.setuid(65534)
+    try:
+        (folder / "new").write_text("")
+    except PermissionError:
+        dataset = ShardDataset(folder)
+        pipe.send([int(dataset.tokens(i).sum()) for i in range(len(dataset))])
+    else:
+        pipe.send("the folder can be written to")
+
+
+def test_a_folder_that_cannot_be_written_to(prepared: Path) -> None:
+    whole = ShardDataset(prepared)
+    with tempfile.TemporaryDirectory() as outside:  # pytest's own folders are closed to everybody else
+        Path(outside).chmod(0o755)
+        folder = shutil.copytree(prepared, Path(outside) / "data")
+        folder.chmod(0o555)
+        context = multiprocessing.get_context("fork")
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=_read_as_nobody, args=(folder, send))
+        process.start()
+        send.close()
+        assert receive.recv() == [int(whole.tokens(i).sum()) for i in range(len(whole))]
+        process.join()
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [(0, 999), (0, -1), (1, -1), (1, 1 << 40), (2, 0), (2, -5), (2, 1 << 62), (3, 1 << 50), (4, 0), (5, 7)],
+)
+def test_an_index_that_leads_out_of_its_shards(column: int, value: int, copy: Path) -> None:
+    """Sealed anew, as a broken program might: the hashes are right."""
+    index = np.load(copy / "index.npy")
+    index[3, column] = value
+    (copy / "index.npy").write_bytes(npy_bytes(index))
+    digest = hashlib.sha256((copy / "index.npy").read_bytes()).hexdigest()
+    manifest = read_manifest(copy).model_copy(update={"index_sha256": digest})
+    (copy / "manifest.json").write_bytes(manifest_bytes(manifest))
+    with pytest.raises(DataError, match=r"sample 3 must lie inside a shard"):
+        ShardDataset(copy)
+    assert any("sample 3" in problem for problem in verify_folder(copy))
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers(copy: Path) -> None:
+    manifest = read_manifest(copy).model_copy(update={"vocab_size": 100_000})
+    (copy / "manifest.json").write_bytes(manifest_bytes(manifest))
+    assert any("`vocab_size` and `token_dtype` must be 400 and uint16" in problem for problem in verify_folder(copy))

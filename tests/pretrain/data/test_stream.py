@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.config import BatchConfig, validate
 from pretrain.data.dataset import ShardDataset
 from pretrain.data.order import BlendedOrder
 from pretrain.data.plan import BatchSize, plan_step
@@ -216,5 +217,5 @@ def test_errors_before_the_first_step() -> None:
     with pytest.raises(DataError, match="validation split is empty"):
         stream(samples=8).fixed_batches(2)
     with pytest.raises(ConfigError, match="exactly one"):
-        stream(samples=8, tokens=80)
+        validate(BatchConfig, {"samples": 8, "tokens": 80}, where="batch")
     assert stream(samples=8).preview(5).n_samples == 5

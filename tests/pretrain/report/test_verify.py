@@ -305,3 +305,20 @@ def test_what_is_neither_is_a_usage_error(tmp_path: Path) -> None:
 )
 def test_bytes_for_people(count: float, shown: str) -> None:
     assert shown_bytes(int(count)) == shown
+
+
+def test_a_staging_folder_that_is_a_link_takes_no_commits_place(run: Path, newest: Path, tmp_path: Path) -> None:
+    shutil.copytree(newest, tmp_path / "elsewhere")
+    (newest.parent / "staging-00000002").symlink_to(tmp_path / "elsewhere")
+    assert any("the next start deletes it" in text for text in texts(run, "note"))
+    store = Store(run)
+    store.recover()
+    assert store.latest() == newest and newest.is_dir() and not newest.is_symlink()
+    assert (tmp_path / "elsewhere" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("updates", [None, "x", -5, 3, 10**30])
+def test_a_count_of_updates_that_cannot_be(updates: object, run: Path, newest: Path) -> None:
+    edit_json(newest / "state.json", lambda values: values.update(updates=updates))
+    seal.seal_folder(newest, step=2)
+    assert "`updates` must be from 0 to 2" in texts(run, "BAD")[0]

@@ -3,6 +3,7 @@
 import socket
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,3 +94,18 @@ def test_an_unreachable_hub_is_one_line_with_the_way_out(
     assert "\n" not in message and "cannot be read from the Hugging Face hub" in message
     assert "NAME=parquet:GLOB, NAME=jsonl:GLOB or NAME=text:GLOB" in message
     assert time.monotonic() - began < 20 and not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_offline_mode_is_one_line_too(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"cannot be read from the Hugging Face hub.*give NAME=parquet:GLOB") as caught:
+        prepare(tmp_path / "out", ["hf:owner/set"], train_vocab=300)
+    assert "\n" not in str(caught.value) and time.monotonic() - began < 10 and not (tmp_path / "out").exists()
+
+
+def test_nothing_asks_for_a_script_to_be_run() -> None:
+    root = Path(__file__).resolve().parents[4]
+    files = [file for part in ("pretrain", "finetune", "kernels", "configs") for file in (root / part).rglob("*.[py]*")]
+    assert len(files) > 100
+    assert not [file for file in files if file.suffix in (".py", ".yaml") and "trust_remote" in file.read_text()]

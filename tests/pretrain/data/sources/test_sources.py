@@ -86,3 +86,10 @@ def test_damaged_gz_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"bad\.gz"):
         list(parse_source(f"x=text:{tmp_path}/bad.gz").documents())
+
+
+def test_a_file_with_several_names_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one document")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    (tmp_path / "again").symlink_to(".")
+    assert list(parse_source(f"x=text:{tmp_path}/**/*.txt").documents()) == ["one document"]
