@@ -121,6 +121,8 @@ def generate(
         UsageError: the bundle cannot write in `mode`.
         CheckpointError, ConfigError, DataError: a bad bundle, option or input.
     """
+    if STANDARD not in (source_file, target_file) and Path(target_file).resolve() == Path(source_file).resolve():
+        raise UsageError(f"`--output` must be another file than `--input`, both are `{target_file}`")
     bundle = load_bundle(bundle_path)
     description = bundle.description
     modes = description.modes

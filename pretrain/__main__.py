@@ -26,9 +26,10 @@ def _prepare(commands: Commands) -> None:
     parser = commands.add_parser("prepare", help="text -> shards, manifest, index and tokenizer")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards; continued if begun before")
     parser.add_argument(
-        "--source", action="append", default=[], dest="sources", metavar="[NAME=]KIND[:WHERE]",
-        help="stdlib-docs, text:GLOB (a document per blank-line block), text-file:GLOB (per file), jsonl:GLOB[#FIELD], "
-        "parquet:GLOB[#FIELD], webdataset:GLOB[#FIELD] or hf:ID[/CONFIG][@REVISION][#FIELD]; repeatable",
+        "--source", action="append", default=[], dest="sources", metavar="NAME=KIND:WHERE",
+        help="stdlib-docs (needs neither name nor place), text:GLOB (a document per blank-line block), "
+        "text-file:GLOB (per file), jsonl:GLOB[#FIELD], parquet:GLOB[#FIELD], webdataset:GLOB[#FIELD] or "
+        "hf:ID[/CONFIG][@REVISION][#FIELD]; repeatable",
     )  # fmt: skip
     parser.add_argument("--sources", dest="source_file", metavar="YAML", help="more of them, as NAME: KIND:WHERE lines")
     tokenizer = parser.add_mutually_exclusive_group(required=True)

@@ -141,7 +141,10 @@ class Run:
         windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
         with Signals() as signals, self._journal(), closing(windows):  # a generator: its end ends its workers
             hooks = AllRanks(together(lambda: self._hooks(signals, texts)), self.folder)
-            return fit(self.engine, windows, rate, steps, self.progress, [hooks], flops.facts(self.model))
+            progress = fit(self.engine, windows, rate, steps, self.progress, [hooks], flops.facts(self.model))
+        if self.console is not None:
+            self.console.note(f"finished at step {progress.step}, saved in {self.folder}; more: train.steps=...")
+        return progress
 
     def _hooks(self, signals: Signals, texts: Hook | None) -> list[Hook]:
         """Periodic work in the order it is done after an update; saving comes last, when all else is on disk."""

@@ -144,10 +144,22 @@ def load_bundle(path: str | Path, verify: bool = True, backend: str = "auto") ->
 
 def check_seal(folder: Path) -> None:
     """Raises CheckpointError naming the first file that is not as it was written; a bundle without manifest is not."""
-    if not (folder / CONFIG).exists():
-        raise CheckpointError(f"bundle `{folder}` lacks {CONFIG}")
+    check_is_bundle(folder)
     for problem in seal.verify(folder, step_in_name=False):
         raise CheckpointError(f"bundle `{folder}` is not as it was written: {problem}")
+
+
+def check_is_bundle(folder: Path) -> None:
+    """Raises CheckpointError saying what `folder` is instead, and where the bundle may be."""
+    if (folder / CONFIG).exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"bundle `{folder}`: there is no such folder")
+    if (folder / "bundle" / CONFIG).exists():
+        raise CheckpointError(f"`{folder}` is a run: its bundle is `{folder / 'bundle'}`")
+    if (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"`{folder}` is a run: `python -m pretrain handoff {folder} --out BUNDLE` makes a bundle")
+    raise CheckpointError(f"bundle `{folder}` lacks {CONFIG}")
 
 
 def read_description(path: str | Path) -> tuple[Description, TextTokenizer]:
@@ -157,6 +169,7 @@ def read_description(path: str | Path) -> tuple[Description, TextTokenizer]:
         CheckpointError: a file is missing or broken.
     """
     folder = Path(path)
+    check_is_bundle(folder)
     description = from_bart(_read_json(folder / CONFIG), where=str(folder / CONFIG))
     try:
         return description, TextTokenizer.from_path(folder)

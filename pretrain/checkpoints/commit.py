@@ -97,12 +97,16 @@ class Store:
                 self._discard(staging)
 
     def retain(self, keep: int) -> list[str]:
-        """Deletes all but the newest `keep` commits, but never the last one that verifies; returns what went."""
-        commits = self.commits()
-        kept, old = commits[-keep:], commits[:-keep]
-        if not any(self._good(path) for path in reversed(kept)):
-            survivor = next((path for path in reversed(old) if self._good(path)), None)
-            old = [path for path in old if path != survivor]
+        """Deletes what is older than the newest `keep` commits that verify; returns what went.
+
+        A damaged commit is not counted, so it never takes the place of an intact one.
+        """
+        commits, intact = self.commits(), 0
+        for path in reversed(commits):
+            intact += self._good(path)
+            if intact == keep:
+                break
+        old = commits[: commits.index(path)] if intact == keep else []
         with disk_errors(self.folder):
             for path in old:
                 self._discard(path)

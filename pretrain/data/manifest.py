@@ -173,7 +173,9 @@ def read_tokenizer(folder: Path, manifest: Manifest) -> TextTokenizer:
     file = folder / TOKENIZER_FILE
     tokenizer = TextTokenizer.from_path(file)
     # The file itself, not only what it means: `prepare` wrote the canonical text.
-    if tokenizer.sha256 != manifest.tokenizer_sha256 or sha256_of(file) != tokenizer.sha256:
+    if tokenizer.sha256 == manifest.tokenizer_sha256 != sha256_of(file):
+        raise DataError(f"`{file}` is not byte for byte what `prepare` wrote: copy it anew")
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise DataError(
             f"`{folder / TOKENIZER_FILE}` must be the tokenizer of the manifest ({manifest.tokenizer_sha256[:12]}), "
             f"it is {tokenizer.sha256[:12]}"

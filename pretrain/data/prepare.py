@@ -113,6 +113,10 @@ def prepare(
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in source.skipped.items())
         if reasons:
             print(f"source {source.name}: left out {reasons}", file=sys.stderr, flush=True)
+    documents = sum(source.documents for source in manifest.sources)
+    counted = f"{documents:,} documents, {manifest.samples:,} samples, {manifest.tokens:,} tokens"
+    made = f"vocabulary {manifest.vocab_size:,}, {len(manifest.shards)} shards"
+    print(f"data {folder}: {counted}, {made}", file=sys.stderr, flush=True)
     return manifest
 
 
@@ -123,8 +127,11 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
 
 def _check_not_empty(sources: Sequence[Source]) -> None:
     for source in sources:
-        if next(source.documents(), None) is None:
-            raise DataError(f"source `{source.name}` must hold text, it is empty")
+        skipped = Counter[str]()
+        if next(source.documents(skipped), None) is None:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+            found = f"all of it was left out: {reasons}" if reasons else "it is empty"
+            raise DataError(f"source `{source.name}` must hold text, {found}")
 
 
 def _claim(folder: Path, plan: Plan) -> Manifest | None:

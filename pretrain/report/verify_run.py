@@ -273,7 +273,7 @@ def _left_over(path: Path) -> Finding:
 def _pointer(run: Path, pointer: str | None, commits: list[str], sealed: list[str]) -> list[Finding]:
     """Training reads the checkpoints, not the pointer, and corrects it; a kill between the two leaves an older one."""
     newest = max(sealed, default=None)
-    if pointer == newest:
+    if pointer == newest or newest is None:  # that nothing is intact is told by itself
         return []
     if pointer in commits:
         return [note(f"{run / 'latest'} names {pointer}, the newest intact is {newest}: the next start corrects it")]

@@ -67,7 +67,7 @@ def test_retention_keeps_the_last_one_that_verifies(tmp_path: Path) -> None:
         save(store, step)
     for step in (4, 5):
         (tmp_path / "checkpoints" / f"step-{step:08d}" / "progress.json").write_bytes(b"x")
-    assert Store(tmp_path).retain(2) == ["step-00000001", "step-00000002"]
+    assert Store(tmp_path).retain(2) == ["step-00000001"]
     assert step_of(Store(tmp_path).latest()) == 3
     assert tidy(tmp_path)
 
@@ -79,7 +79,7 @@ def test_retention_notices_what_was_damaged_after_it_was_verified(tmp_path: Path
     for step in (3, 4):
         path = tmp_path / "checkpoints" / f"step-{step:08d}" / "progress.json"
         path.write_bytes(b"X" * path.stat().st_size)
-    assert store.retain(1) == ["step-00000001", "step-00000003"]
+    assert store.retain(1) == ["step-00000001"]
     assert step_of(store.latest()) == 2
 
 
@@ -175,3 +175,14 @@ def test_what_nfs_keeps_of_an_open_file_is_deleted_later(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "unlink", real)
     store.recover()
     assert tidy(tmp_path)
+
+
+def test_a_damaged_commit_takes_no_intact_ones_place(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for step in (1, 2, 3):
+        save(store, step)
+    (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").write_bytes(b"{}")
+    again = Store(tmp_path)
+    assert again.retain(2) == [] and [path.name[-1] for path in again.commits()] == ["1", "2", "3"]
+    save(again, 4)
+    assert again.retain(2) == ["step-00000001", "step-00000002"]
