@@ -175,9 +175,15 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"`{folder}` is being prepared by another process") from None
-        for left_over in [*folder.glob(".*.tmp"), *(folder / PARTS_FOLDER).glob(".*.tmp")]:
-            left_over.unlink(missing_ok=True)
+        _sweep(folder)
         yield
+        _sweep(folder)  # a worker of a job that was killed a moment ago may have outlived the first
+
+
+def _sweep(folder: Path) -> None:
+    """Deletes what was being written when an earlier job was killed."""
+    for left_over in [*folder.glob(".*.tmp"), *(folder / PARTS_FOLDER).glob(".*.tmp")]:
+        left_over.unlink(missing_ok=True)
 
 
 def _settle_tokenizer(

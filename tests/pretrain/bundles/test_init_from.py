@@ -116,7 +116,7 @@ REFUSALS = {
     "another width": (["model.d_model=32"], 3, "`model.d_model` must be 16 or absent, as in"),
     "a default, but given": (["model.encoder_layers=3"], 3, "`model.encoder_layers` must be 1 or absent"),
     "another layout": (["objective.ar_layout=bos_first"], 3, "`objective.ar_layout` must be eos_first, as in"),
-    "no bundle": (["init_from=nowhere"], 5, "bundle `nowhere` lacks config.json"),
+    "no bundle": (["init_from=nowhere"], 5, "bundle `nowhere`: there is no such folder"),
 }
 
 

@@ -17,6 +17,7 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pretrain.data import prepare as preparing
 from pretrain.data.dataset import ShardDataset
 from pretrain.data.files import npy_bytes
 from pretrain.data.manifest import read_manifest, verify_folder
@@ -303,3 +304,18 @@ def test_wikipedia_text_prepares_and_comes_back(test_data: Path, tmp_path: Path)
         starts, tokens = dataset.sentences(sample), dataset.tokens(sample)
         pieces = [dataset.tokenizer.decode(piece) for piece in np.split(tokens, starts[1:])]
         assert "".join(pieces).strip() == dataset.text(sample) and "\ufffd" not in dataset.text(sample)
+
+
+def test_what_an_orphan_leaves_late_is_deleted(
+    prepared: Path, arguments: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker outlives the job that was killed by a moment, in which the next one has begun."""
+    real = preparing._finish
+
+    def late(folder: Path, *rest: object) -> object:
+        (folder / ".hills-000000.tar.1.tmp").touch()
+        return real(folder, *rest)
+
+    monkeypatch.setattr(preparing, "_finish", late)
+    prepare(tmp_path / "out", **arguments)
+    assert fingerprints(tmp_path / "out") == fingerprints(prepared)
