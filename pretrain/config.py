@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pretrain.errors import ConfigError
+from pretrain.plain import read_plain
 
 MAX_CONFIG_BYTES = 1_000_000
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -241,12 +242,9 @@ def complete(
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Parses a YAML mapping safely (no tags that run code, no duplicate keys, bounded size)."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)  # a device has no end
+        text = read_plain(Path(path), MAX_CONFIG_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config `{path}` cannot be read: {error}") from None
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"config `{path}` must be at most {MAX_CONFIG_BYTES} characters, it has more")
     try:
         values = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
@@ -259,7 +257,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def read_json(path: str | Path) -> dict[str, Any]:
     """Parses a JSON object, for settings that belong to another program."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(read_plain(Path(path), MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"`{path}` must be readable JSON: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

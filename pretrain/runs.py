@@ -21,16 +21,26 @@ from pretrain.data.manifest import Manifest
 from pretrain.distributed import World, count_hosts
 from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.flatten import flatten
+from pretrain.plain import read_plain
 
 CONFIG, ENVIRONMENT, EVENTS, BOARD, SAMPLES = "config.yaml", "env.json", "events.jsonl", "tb", "samples"
+LARGEST_JOURNAL = 1 << 28  # a million events
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "safetensors", "pydantic")
 
 
 def read_config(run_dir: Path, kind: type[ConfigT]) -> ConfigT | None:
-    """The configuration the run was last started with; None where there is none."""
+    """The configuration the run was last started with; None where there is none.
+
+    Raises:
+        CheckpointError: config.yaml is no plain file. ConfigError: it is damaged.
+    """
     path = run_dir / CONFIG
-    return configuration.load(kind, path) if path.exists() else None
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise CheckpointError(f"`{path}` must be the configuration of a run, is not a plain file")
+    return configuration.load(kind, path)
 
 
 def check_continues(
@@ -137,14 +147,21 @@ class Events:
             os.fsync(file.fileno())
 
 
+def read_journal(run_dir: Path) -> list[str]:
+    """The lines of events.jsonl; raises CheckpointError where it is missing, no plain file or endless."""
+    path = run_dir / EVENTS
+    try:
+        return read_plain(path, LARGEST_JOURNAL).decode(errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"`{run_dir}` must be the folder of a run, it has no {EVENTS}") from None
+    except OSError as error:
+        raise CheckpointError(f"`{path}` cannot be read: {error.strerror}") from None
+
+
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """Every whole line of events.jsonl; a line that a kill cut short is left out."""
     found = []
-    try:
-        lines = (run_dir / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        raise CheckpointError(f"`{run_dir}` must be the folder of a run, it has no {EVENTS}") from None
-    for line in lines:
+    for line in read_journal(run_dir):
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):

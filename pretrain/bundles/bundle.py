@@ -33,6 +33,7 @@ from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from pretrain.errors import CheckpointError, DataError
 from pretrain.models import EncoderDecoder
 from pretrain.models.golden import golden
+from pretrain.plain import check_plain, read_plain
 
 CONFIG, WEIGHTS, GOLDEN = "config.json", "model.safetensors", "golden.safetensors"
 GENERATION, PROVENANCE = "generation_config.json", "provenance.json"
@@ -238,7 +239,7 @@ def _golden_error(model: EncoderDecoder, description: Description, path: Path) -
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_plain(path, seal.MAX_JSON_BYTES))
     except FileNotFoundError:
         raise CheckpointError(f"bundle `{path.parent}` lacks {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -250,6 +251,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
+        check_plain(path)
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"bundle `{path.parent}` lacks {path.name}") from None

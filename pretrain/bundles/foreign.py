@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pretrain.errors import CheckpointError
 from pretrain.models.layers import POSITION_OFFSET
+from pretrain.plain import check_plain, read_plain
 
 CONFIG, FAIRSEQ = "config.json", "model.pt"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -97,6 +98,7 @@ def _weight_files(folder: Path) -> tuple[Callable[[Path], Mapping[str, Any]], tu
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
+        check_plain(path)
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"`{path}` cannot be read: {' '.join(str(error).split())}") from None
@@ -104,6 +106,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
+        check_plain(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file may fail anywhere in the reader, with any exception
@@ -116,7 +119,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_plain(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"`{path}` cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -32,10 +32,10 @@ from pretrain.checkpoints.seal import (
     describe,
     manifest_bytes,
     number,
-    open_plain,
     verify,
 )
 from pretrain.errors import DISK_ERRNOS, CheckpointError, DiskError
+from pretrain.plain import open_plain
 
 _COMMIT = re.compile(r"step-(\d{8,})")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -172,6 +172,8 @@ class Store:
                 return file.read(200).decode(errors="replace").strip()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise CheckpointError(f"`{self.run_dir / 'latest'}` cannot be read: {error.strerror}") from None
 
     def lock(self) -> None:
         """Takes the run directory for this process until `unlock` or its death.

@@ -4,17 +4,16 @@ A manifest may come from anyone, so nothing it says is followed out of its folde
 plain files, and a file is read only if it has the size that was promised.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from pretrain.errors import CheckpointError
+from pretrain.plain import open_plain
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -91,15 +90,6 @@ def describe(file: IO[bytes]) -> Described:
         digest.update(chunk)
         size += len(chunk)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def open_plain(path: Path) -> IO[bytes]:
-    """Opens a plain file to read; raises OSError for a link, a folder, a pipe or a device, without waiting for it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a plain file", str(path))
-    return os.fdopen(descriptor, "rb")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from pretrain.data.special import BOS, EOS, MASK, PAD, SPECIAL_TOKENS, UNK
 from pretrain.errors import DataError
+from pretrain.plain import read_plain
 
 HUGGING_FACE = ("vocab.json", "merges.txt")
 GPT2 = ("encoder.json", "vocab.bpe", "dict.txt")
@@ -108,7 +109,7 @@ def _fairseq_ids(encoder: Path, dictionary: Path) -> dict[str, int]:
 def _read_ids(path: Path) -> dict[str, int]:
     """{token: id} of a JSON object."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_plain(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"`{path}` cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict) or not all(type(number) is int and number >= 0 for number in values.values()):
@@ -132,7 +133,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"`{path}` cannot be read: {error}") from None
     # Not splitlines, which also splits at characters that are tokens.

@@ -31,6 +31,7 @@ from pretrain.data.manifest import (
     shard_problem,
 )
 from pretrain.errors import DataError
+from pretrain.plain import open_plain
 
 OPEN_SHARDS = 256
 # What a network file system or a mounted object store says when it may have recovered a moment later.
@@ -139,7 +140,8 @@ class ShardDataset:
         if shard not in self._descriptors:
             if len(self._descriptors) >= OPEN_SHARDS:
                 _close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = os.open(self._file(shard), os.O_RDONLY | os.O_CLOEXEC)
+            with open_plain(self._file(shard), follow=True) as file:
+                self._descriptors[shard] = os.dup(file.fileno())
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.errors import DISK_ERRNOS, DiskError, ParlanceError
+from pretrain.plain import open_plain
 
 NPY_HEADER_BYTES = 128
 
@@ -51,8 +52,8 @@ def read_at(descriptor: int, count: int, offset: int) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
+    """Hex sha256 of a plain file's bytes, read in pieces; raises OSError for anything else."""
+    with open_plain(path, follow=True) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

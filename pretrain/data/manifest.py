@@ -16,6 +16,7 @@ from pretrain.config import Section
 from pretrain.data.files import NPY_HEADER_BYTES, npy_header, sha256_of
 from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from pretrain.errors import DataError
+from pretrain.plain import open_plain, read_plain
 
 MANIFEST_FILE, INDEX_FILE = "manifest.json", "index.npy"
 FORMAT = 2
@@ -103,9 +104,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Reads `folder`/manifest.json; raises `DataError` when absent, damaged or of another format."""
     file = Path(folder) / MANIFEST_FILE
     try:
-        text = file.read_bytes()
-    except OSError:
-        state = "it holds no manifest.json" if Path(folder).is_dir() else "there is no such folder"
+        text = read_plain(file)
+    except OSError as error:
+        state = f"manifest.json cannot be read: {error.strerror}"
+        if not file.exists():
+            state = "it holds no manifest.json" if Path(folder).is_dir() else "there is no such folder"
         raise DataError(f"data folder `{folder}` must come from a finished `prepare`: {state}") from None
     try:
         values = json.loads(text)
@@ -137,7 +140,7 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
         if sha256_of(file) != manifest.index_sha256:
             raise DataError(f"`{file}` does not match manifest.json (sha256): prepare the folder again")
         shape, dtype = (manifest.samples, COLUMNS), np.dtype(np.int64)
-        with file.open("rb") as opened:
+        with open_plain(file, follow=True) as opened:
             header = opened.read(NPY_HEADER_BYTES)
         if header != npy_header(shape, dtype) or file.stat().st_size != len(header) + 8 * COLUMNS * manifest.samples:
             raise DataError(f"`{file}` must be int64 [{manifest.samples}, {COLUMNS}], as `prepare` writes it")

@@ -42,6 +42,7 @@ from pretrain.data.sources import Source, parse_sources
 from pretrain.data.text import clean, sentences
 from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer, check_vocab_size, train_bpe
 from pretrain.errors import DataError
+from pretrain.plain import read_plain
 
 SHARD_BYTES = 16 << 20
 TOKENIZER_TRAINING_BYTES = 256 << 20
@@ -146,7 +147,7 @@ def _claim(folder: Path, plan: Plan) -> Manifest | None:
         shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
         return manifest
     if plan_file.exists():
-        _same_plan(folder, parse_section(Plan, plan_file.read_bytes(), str(plan_file)), plan)
+        _same_plan(folder, parse_section(Plan, read_plain(plan_file), str(plan_file)), plan)
         return None
     # A kill before the plan was in place leaves nothing but this folder and temporary files in it.
     if folder.exists() and (not folder.is_dir() or any(entry.name != PARTS_FOLDER for entry in folder.iterdir())):
@@ -224,7 +225,7 @@ def _finish(
 ) -> Manifest:
     """Joins the records into index and manifest."""
     records = [
-        parse_section(ShardRecord, record_path(folder, file).read_bytes(), str(record_path(folder, file)))
+        parse_section(ShardRecord, read_plain(record_path(folder, file)), str(record_path(folder, file)))
         for file in files
     ]
     index = np.concatenate(

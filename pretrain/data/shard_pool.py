@@ -17,6 +17,7 @@ from pretrain.data.shards import ShardRecord, Unit, record_path, write_shard
 from pretrain.data.sources import Source
 from pretrain.data.tokenizer import TextTokenizer
 from pretrain.errors import DataError
+from pretrain.plain import read_plain
 
 # Enough that a worker never waits for the reader, little enough that few units lie in memory.
 WAITING_UNITS_PER_WORKER = 2
@@ -68,7 +69,7 @@ def _recorded(folder: Path, unit: Unit) -> bool:
     path = record_path(folder, unit.file)
     if not path.exists():
         return False
-    record = parse_section(ShardRecord, path.read_bytes(), str(path))
+    record = parse_section(ShardRecord, read_plain(path), str(path))
     if record.digest != unit.digest:
         raise DataError(f"source `{unit.source}` changed since `{folder}` was begun: delete the folder or use another")
     return shard_problem(folder, record.entry, checksum=False) is None

@@ -18,6 +18,7 @@ from pretrain.data.bart_tokenizer import GPT2, HUGGING_FACE, tokenizer_json
 from pretrain.data.files import write_atomic
 from pretrain.data.special import BOS, EOS, SPECIAL_TOKENS
 from pretrain.errors import ConfigError, DataError
+from pretrain.plain import read_plain
 
 if TYPE_CHECKING:
     from pretrain.models import SpecialIds
@@ -79,7 +80,7 @@ class TextTokenizer:
         if file != Path(path) and not file.exists() and (made := tokenizer_json(path)) is not None:
             return cls(made, where=str(path))
         try:
-            return cls(file.read_text(encoding="utf-8"), where=str(file))
+            return cls(read_plain(file).decode(), where=str(file))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"tokenizer `{path}` must be a tokenizer.json or a folder with one, or with "

@@ -161,7 +161,8 @@ class Board:
         from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
         from tensorboard.compat.proto.event_pb2 import Event
 
-        files = sorted(folder.glob("events.out.tfevents.*"))  # names tell when a life began; a copy has other times
+        # Names tell when a life began; a copy has other times. A pipe among them would be waited for.
+        files = sorted(path for path in folder.glob("events.out.tfevents.*") if path.is_file())
         if not files:
             return None
         recent = deque(RawEventFileLoader(str(files[-1])).Load(), maxlen=RECENT)

@@ -249,7 +249,11 @@ def _journals(run: Path, begun: bool) -> list[Finding]:
 def _broken_lines(path: Path) -> list[Finding]:
     """A kill may cut a line short; any other line must be JSON, so a broken one is told but is no fault."""
     findings = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    try:
+        lines = runs.read_journal(path.parent)
+    except CheckpointError as error:
+        return [bad(str(error))]
+    for number, line in enumerate(lines, 1):
         try:
             json.loads(line)
         except (ValueError, RecursionError):
