@@ -12,6 +12,7 @@ Shapes: T tokens, V vocabulary, D width, N length classes.
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from pretrain.bundles.bundle import (
     build_model,
     check_replaceable,
     load_bundle,
-    whole_folder,
     write_bundle,
     write_json,
 )
 from pretrain.bundles.description import BART_NAMES, Description, Mode, bart_fields, generation_config, to_bart
 from pretrain.bundles.foreign import read_foreign
+from pretrain.bundles.whole_folder import whole_folder
 from pretrain.config import ModelConfig, validate
 from pretrain.data.bart_tokenizer import GPT2, HUGGING_FACE, hugging_face_files
 from pretrain.data.files import sha256_of
@@ -79,6 +80,12 @@ def import_bart(path_or_id: str, out: str | Path, tokenizer: str | None = None) 
     check_replaceable(Path(out))
     place = _local(path_or_id)
     foreign = read_foreign(place)
+    provenance = {
+        "imported_from": path_or_id,
+        "files": {file.name: sha256_of(file) for file in foreign.files},
+        "packages": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
+    }
+    check_replaceable(Path(out), provenance)
     home = place if place.is_dir() else place.parent
     text_tokenizer = TextTokenizer.from_path_or_hub(tokenizer or str(home))
     theirs = _their_config(foreign.config, where=str(place))
@@ -86,11 +93,6 @@ def import_bart(path_or_id: str, out: str | Path, tokenizer: str | None = None) 
     description = _describe(theirs.to_dict(), text_tokenizer, weights, where=str(place))
     width = weights["shared.weight"].shape[-1]
     weights.setdefault(LENGTHS, torch.zeros(description.model.length_classes, width))
-    provenance = {
-        "imported_from": path_or_id,
-        "files": {file.name: sha256_of(file) for file in foreign.files},
-        "packages": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
-    }
     model = build_model(description, weights, where=str(place))
     difference = _difference(_their_model(theirs, weights), model, description.layout)
     write_bundle(out, weights, description, text_tokenizer, provenance)
@@ -105,8 +107,7 @@ def export_bart(bundle_path: str | Path, out: str | Path) -> Path:
     Raises:
         CheckpointError: a bad bundle, a model that BART cannot express, `out` exists, or transformers' logits differ.
     """
-    if Path(out).exists():
-        raise CheckpointError(f"`{out}` exists: it is not overwritten, name another folder")
+    _check_new(Path(out))
     bundle = load_bundle(bundle_path)
     description = bundle.description
     for name, right in (("norm", "post"), ("positions", "learned"), ("embed_norm", True)):
@@ -115,7 +116,7 @@ def export_bart(bundle_path: str | Path, out: str | Path) -> Path:
             raise CheckpointError(f"`{bundle_path}`: `{name}` must be {right!r} to be a BART, is {found!r}")
     config = {name: value for name, value in to_bart(description).items() if name != "parlance"}
     files = hugging_face_files(bundle.tokenizer.json_text, description.model.max_positions)
-    with whole_folder(Path(out)) as folder:
+    with whole_folder(Path(out), partial(_check_new, Path(out))) as folder:
         write_json(folder / CONFIG, {**config, "dtype": "float32"})
         write_json(folder / GENERATION, generation_config(description))
         tensors = _their_weights(bundle.model.state_dict())
@@ -132,6 +133,11 @@ def export_bart(bundle_path: str | Path, out: str | Path) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------- steps of both
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise CheckpointError(f"`{out}` exists: it is not overwritten, name another folder")
 
 
 def _local(path_or_id: str) -> Path:

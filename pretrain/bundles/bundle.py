@@ -12,11 +12,9 @@ A bundle appears whole or not at all; loading one checks every bit and computes 
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.bundles.description import Description, from_bart, generation_config, to_bart
+from pretrain.bundles.origin import origin, other_origin
+from pretrain.bundles.whole_folder import whole_folder
 from pretrain.checkpoints import seal
-from pretrain.checkpoints.commit import disk_errors
 from pretrain.data.files import sha256_of
 from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from pretrain.errors import CheckpointError, DataError
@@ -60,19 +59,19 @@ def write_bundle(
     tokenizer: TextTokenizer,
     provenance: Mapping[str, Any],
 ) -> Path:
-    """Writes a bundle beside `out` and renames it into place; an older bundle there is replaced.
+    """Writes a bundle beside `out` and renames it into place; an older bundle of the same origin there is replaced.
 
     Args:
         weights: {name in EncoderDecoder: tensor}; with or without the tied `head.weight`.
 
     Raises:
-        CheckpointError: `out` exists and is no bundle, or `weights` do not fit the description.
+        CheckpointError: `out` holds something else, or `weights` do not fit the description.
     """
     target = Path(out)
-    check_replaceable(target)
+    check_replaceable(target, provenance)
     stored = {name: value.float().contiguous() for name, value in weights.items() if name != TIED}
     model = build_model(description, stored, where="weights")
-    with whole_folder(target) as staging:
+    with whole_folder(target, partial(check_replaceable, target, provenance)) as staging:
         save_file(stored, staging / WEIGHTS, metadata={"format": "pt"})
         save_file(golden(model, description.layout, description.modes), staging / GOLDEN)
         write_json(staging / CONFIG, to_bart(description))
@@ -83,40 +82,27 @@ def write_bundle(
     return target
 
 
-def check_replaceable(target: Path) -> None:
-    """Raises CheckpointError where something other than a bundle lies at `target`."""
-    if target.exists() and not is_bundle(target):
-        raise CheckpointError(f"`{target}` exists and is no bundle: it is not overwritten, name another folder")
+def check_replaceable(target: Path, provenance: Mapping[str, Any] | None = None) -> None:
+    """Raises CheckpointError where something other than a bundle of the same run, or source, lies at `target`.
 
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Gives an empty folder to write into; at the end it is on disk and takes the place of `target`.
-
-    Raises:
-        DiskError: the disk is full, over quota or read-only.
+    provenance: of the bundle that is to stand there; None where it is not known yet, and any bundle will do.
     """
-    with disk_errors(target):
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_name(f".{target.name}.staging")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        try:
-            yield staging
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        for path in staging.iterdir():
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
-            _sync(path)
-        _sync(staging)
-        trash = target.with_name(f".{target.name}.trash")
-        shutil.rmtree(trash, ignore_errors=True)
-        if target.exists():
-            target.rename(trash)
-        staging.rename(target)
-        _sync(target.absolute().parent)
-        shutil.rmtree(trash, ignore_errors=True)
+    if not target.exists():
+        return
+    if not is_bundle(target):
+        raise CheckpointError(f"`{target}` exists and is no bundle: it is not overwritten, name another folder")
+    if provenance is None:
+        return
+    try:
+        standing = _read_json(target / PROVENANCE)
+    except CheckpointError:
+        standing = {}
+    difference = other_origin(standing, provenance)
+    if difference is not None:
+        raise CheckpointError(
+            f"`{target}` must be new or a bundle of {origin(provenance)}, it is one of {origin(standing)}{difference}: "
+            "name another folder, or delete it"
+        )
 
 
 def load_bundle(path: str | Path, verify: bool = True, backend: str = "auto") -> Bundle:
@@ -262,11 +248,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """`values` as readable JSON."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain import objectives
-from pretrain.bundles.bundle import load_bundle, write_bundle
+from pretrain.bundles.bundle import check_replaceable, load_bundle, write_bundle
 from pretrain.bundles.description import Description, Mode
 from pretrain.checkpoints.checkpoint import read_progress
 from pretrain.checkpoints.commit import Store
@@ -38,6 +38,9 @@ def handoff(run_dir: str | Path, out: str | Path) -> Path:
     manifest = read_manifest(data)
     saved = read_progress(commit)["progress"]
     check_data(saved.get("data"), fingerprint(manifest), "data.path", run)
+    progress = Progress.from_json(saved)
+    provenance = describe(config, progress, manifest, read_environment(run))
+    check_replaceable(Path(out), provenance)
     tokenizer = read_tokenizer(data, manifest)
     ids = tokenizer.ids
     objective = objectives.build(config.objective, ids, tokenizer.word_starts, config.model.length_classes)
@@ -51,8 +54,6 @@ def handoff(run_dir: str | Path, out: str | Path) -> Path:
         max_source=min(manifest.plan.max_length, config.model.max_positions),
         length_trained=objective.weights["length"] > 0,
     )
-    progress = Progress.from_json(saved)
-    provenance = describe(config, progress, manifest, read_environment(run))
     write_bundle(out, read_weights(commit), description, tokenizer, provenance)
     bundle = load_bundle(out)
     parameters = sum(value.numel() for value in bundle.model.parameters())
