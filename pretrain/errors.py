@@ -9,6 +9,8 @@ import errno
 
 # What makes a failed write the fault of the disk: full, over quota, read-only, beyond the size a file may have.
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+# What taking a lock ends in on a file system that has none.
+NO_LOCK_ERRNOS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 
 EXIT_DONE = 0
 EXIT_USAGE = 2

@@ -32,9 +32,8 @@ def other_origin(standing: Mapping[str, Any], coming: Mapping[str, Any]) -> str 
     if "tuned_from" in coming:
         return None
     was, now = _identity(standing), _identity(coming)
-    changed = [
-        key for key in was.keys() & now.keys() if was[key] != now[key]
-    ]  # an option may be newer than one of them
+    # An option that only one of them has is newer than the other.
+    changed = [key for key in was.keys() & now.keys() if was[key] != now[key]]
     return f" with another `{min(changed, key=lambda key: (not key.endswith('.name'), key))}`" if changed else None
 
 

@@ -34,11 +34,10 @@ from pretrain.checkpoints.seal import (
     number,
     verify,
 )
-from pretrain.errors import DISK_ERRNOS, CheckpointError, DiskError
+from pretrain.errors import DISK_ERRNOS, NO_LOCK_ERRNOS, CheckpointError, DiskError
 from pretrain.plain import open_plain
 
 _COMMIT = re.compile(r"step-(\d{8,})")
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 Hook = Callable[[str, Path], None]
 Signature = list[tuple[str, int, int, int]]  # of a directory that was verified: name, size, time, inode of each file
@@ -191,7 +190,7 @@ class Store:
             # forked data workers do not inherit it. No pid has to be guessed alive.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCK_ERRNOS:
                 holder = file.read(200).strip() or "another process"
                 file.close()
                 raise CheckpointError(

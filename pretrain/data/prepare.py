@@ -11,9 +11,10 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ from pretrain.data.shards import MIN_TOKENS, PARTS_FOLDER, ShardRecord, check_ma
 from pretrain.data.sources import Source, parse_sources
 from pretrain.data.text import clean, sentences
 from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer, check_vocab_size, train_bpe
-from pretrain.errors import DataError
+from pretrain.errors import NO_LOCK_ERRNOS, DataError
 from pretrain.plain import read_plain
 
 SHARD_BYTES = 16 << 20
@@ -102,14 +103,16 @@ def prepare(
         if train_vocab is not None:
             check_vocab_size(train_vocab)
         _check_not_empty(parsed)
-    finished = _claim(folder, plan)
-    if finished is not None:
+    if (finished := _look(folder, plan)) is not None:
         return finished
     with _locked(folder):
+        # Once more, now that nobody else writes there: another process may have begun, or finished, a moment ago.
+        if (finished := _look(folder, plan)) is not None:
+            return finished
+        write_atomic(folder / PARTS_FOLDER / PLAN_FILE, to_json(plan))
         text_tokenizer = _settle_tokenizer(folder, parsed, given, train_vocab)
         files, skipped = write_shards(folder, parsed, text_tokenizer, plan, workers)
         manifest = _finish(folder, parsed, text_tokenizer, plan, files, skipped)
-    shutil.rmtree(folder / PARTS_FOLDER)
     for source in manifest.sources:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in source.skipped.items())
         if reasons:
@@ -135,9 +138,11 @@ def _check_not_empty(sources: Sequence[Source]) -> None:
             raise DataError(f"source `{source.name}` must hold text, {found}")
 
 
-def _claim(folder: Path, plan: Plan) -> Manifest | None:
-    """Makes `folder` ours by writing the plan, or returns the manifest if all is done already."""
+def _look(folder: Path, plan: Plan) -> Manifest | None:
+    """The manifest if all is done already; raises `DataError` where `folder` holds anything but work on `plan`."""
     plan_file = folder / PARTS_FOLDER / PLAN_FILE
+    # Before plan and manifest: what another process has written by now is never without one of the two.
+    strange = folder.exists() and (not folder.is_dir() or any(one.name != PARTS_FOLDER for one in folder.iterdir()))
     if (folder / MANIFEST_FILE).exists():
         manifest = read_manifest(folder)
         _same_plan(folder, manifest.plan, plan)
@@ -149,14 +154,11 @@ def _claim(folder: Path, plan: Plan) -> Manifest | None:
     if plan_file.exists():
         _same_plan(folder, parse_section(Plan, read_plain(plan_file), str(plan_file)), plan)
         return None
+    if (folder / MANIFEST_FILE).exists():  # finished since the first lines
+        return _look(folder, plan)
     # A kill before the plan was in place leaves nothing but this folder and temporary files in it.
-    if folder.exists() and (not folder.is_dir() or any(entry.name != PARTS_FOLDER for entry in folder.iterdir())):
+    if strange:
         raise DataError(f"`{folder}` must be empty or a folder that `prepare` began, it holds other files")
-    try:
-        plan_file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"`{folder}` cannot be created: {error.strerror}") from None
-    write_atomic(plan_file, to_json(plan))
     return None
 
 
@@ -169,16 +171,45 @@ def _same_plan(folder: Path, old: Plan, new: Plan) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder against a second `prepare`; the kernel lets go when the process dies."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(folder / PARTS_FOLDER / LOCK_FILE, flags, 0o666), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"`{folder}` is being prepared by another process") from None
+    """Creates the folder and holds it against a second `prepare`; the kernel lets go when the process dies.
+
+    What unfinished work needs is deleted when nothing is left to do.
+    """
+    lock = _lock(folder)
+    try:
         _sweep(folder)
         yield
         _sweep(folder)  # a worker of a job that was killed a moment ago may have outlived the first
+        shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)  # with another process that sees the manifest
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """The descriptor of the lock, held until it is closed."""
+    parts = folder / PARTS_FOLDER
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    while True:
+        try:
+            parts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"`{folder}` cannot be created: {error.strerror}") from None
+        with suppress(FileNotFoundError):  # deleted by a process that has just finished: make it anew
+            lock = os.open(parts / LOCK_FILE, flags, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock), (parts / LOCK_FILE).lstat()):
+                    return lock
+            except BlockingIOError:
+                os.close(lock)
+                raise DataError(f"`{folder}` is being prepared by another process") from None
+            except OSError as error:
+                if error.errno in NO_LOCK_ERRNOS:
+                    warnings.warn(f"`{folder}` is on a file system without locks: never start two", stacklevel=2)
+                    return lock
+                os.close(lock)
+                raise
+            os.close(lock)
 
 
 def _sweep(folder: Path) -> None:

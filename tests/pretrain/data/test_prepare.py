@@ -1,12 +1,15 @@
 """`prepare`: byte-identical for any number of workers and any kill; readable by WebDataset; plain about bad input."""
 
+import fcntl
 import hashlib
 import io
 import json
+import multiprocessing
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -319,3 +322,41 @@ def test_what_an_orphan_leaves_late_is_deleted(
     monkeypatch.setattr(preparing, "_finish", late)
     prepare(tmp_path / "out", **arguments)
     assert fingerprints(tmp_path / "out") == fingerprints(prepared)
+
+
+def test_a_folder_that_another_process_has_just_locked_is_left_alone(arguments: dict, tmp_path: Path) -> None:
+    """It has not yet written what it prepares; another plan must not take that place."""
+    parts = tmp_path / "out" / "parts"
+    parts.mkdir(parents=True)
+    with (parts / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="is being prepared by another process"):
+            prepare(tmp_path / "out", **arguments)
+    assert [path.name for path in parts.iterdir()] == ["lock"]
+
+
+def _at_once(out: Path, arguments: dict, gate: "threading.Barrier", told: "multiprocessing.Queue[str]") -> None:
+    gate.wait()
+    try:
+        prepare(out, **arguments)
+        told.put(f"max_length {arguments['max_length']}")
+    except DataError as error:
+        told.put(str(error))
+
+
+@pytest.mark.parametrize("attempt", range(6))
+def test_of_several_started_in_the_same_instant_one_wins(attempt: int, arguments: dict, tmp_path: Path) -> None:
+    context, out = multiprocessing.get_context("fork"), tmp_path / "out"
+    gate, told = context.Barrier(4), context.Queue()
+    plans = [{**arguments, "max_length": length} for length in (24, 28, 32, 36)]
+    jobs = [context.Process(target=_at_once, args=(out, plan, gate, told)) for plan in plans]
+    for job in jobs:
+        job.start()
+    said = [told.get(timeout=60) for _ in jobs]
+    for job in jobs:
+        job.join()
+    (winner,) = [line for line in said if line.startswith("max_length ")]
+    for line in said:
+        late = f"was prepared with {winner}," in line
+        assert line == winner or late or line.endswith("is being prepared by another process"), said
+    assert verify_folder(out) == [] and f"max_length {read_manifest(out).plan.max_length}" == winner
