@@ -204,7 +204,7 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override `{override}` must look like key=value")
-        _assign(values, key, parse_scalar(text, where=f"override `{override}`"))
+        assign(values, key, parse_scalar(text, where=f"override `{override}`"))
     return validate(kind, values, where=str(path))
 
 
@@ -318,7 +318,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets the value of a dotted key in nested `values`; raises ConfigError where a section is a value already."""
     *parents, last = dotted.split(".")
     for parent in parents:
         inner = values.setdefault(parent, {})

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 WORDS = 624  # of the Mersenne twister
+TORCH_BYTES = 5056  # of its state in torch
 
 
 def save(path: Path) -> None:
@@ -30,19 +32,61 @@ def save(path: Path) -> None:
 
 def restore(path: Path) -> None:
     """Sets every generator to what `save` wrote; raises one of `engine.state.UNREADABLE` for anything else."""
+    state = _read(path)
+    torch.set_rng_state(state.cpu)
+    if state.cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state.cuda)
+    np.random.set_state(state.numpy)
+    random.setstate(state.python)
+
+
+def check(path: Path) -> None:
+    """Raises as `restore` does, and sets nothing."""
+    _read(path)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Of each generator, as it takes it."""
+
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+    numpy: tuple[Any, ...]
+    python: tuple[Any, ...]
+
+
+def _read(path: Path) -> _State:
+    """What `save` wrote, tried on generators of its own first."""
     with safe_open(path, framework="pt") as file:
         rest: dict[str, Any] = json.loads(file.metadata()["rest"])
-        torch.set_rng_state(file.get_tensor("torch"))
-        if "cuda" in file.keys() and torch.cuda.is_available():  # noqa: SIM118 - not a dict
-            torch.cuda.set_rng_state(file.get_tensor("cuda"))
-        keys, (position, has_gauss, cached) = file.get_tensor("numpy").numpy().astype(np.uint32), rest["numpy"]
-        if keys.shape != (WORDS,) or not 0 <= position <= WORDS:  # numpy would read beyond its state
-            raise ValueError(f"numpy's generator must have {WORDS} words, has {keys.shape}, at {position!r:.80}")
-        np.random.set_state(("MT19937", keys, position, has_gauss, cached))
-        version, gauss = rest["python"]
-        if gauss is not None:
-            gauss = float(gauss)
-        random.setstate((version, tuple(file.get_tensor("python").tolist()), gauss))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    kinds = {"numpy": (torch.int64, WORDS), "python": (torch.int64, WORDS + 1), "torch": (torch.uint8, TORCH_BYTES)}
+    for name, (dtype, count) in kinds.items():
+        found = tensors[name]
+        # A shorter one would be read beyond its end, another kind converted in silence.
+        if found.dtype != dtype or tuple(found.shape) != (count,):
+            raise ValueError(
+                f"{name}'s generator must have {count} words of {dtype}, has {list(found.shape)} of {found.dtype}"
+            )
+        if not 0 <= int(found.min()) <= int(found.max()) < 1 << 32:
+            raise ValueError(
+                f"{name}'s generator must be of 32-bit words, has {int(found.min())} to {int(found.max())}"
+            )
+    position, has_gauss, cached = rest["numpy"]
+    if type(position) is not int or not 0 <= position <= WORDS:
+        raise ValueError(f"numpy's generator must have {WORDS} words, stands at {position!r:.80}")
+    version, gauss = rest["python"]
+    words = tuple(tensors["python"].tolist())
+    state = _State(
+        cpu=tensors["torch"],
+        cuda=tensors.get("cuda"),
+        numpy=("MT19937", tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached),
+        python=(version, words, None if gauss is None else float(gauss)),
+    )
+    torch.Generator().set_state(state.cpu)
+    np.random.RandomState().set_state(state.numpy)
+    random.Random().setstate(state.python)
+    return state
 
 
 def seed(*numbers: int) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from pretrain import config, distributed, rng, runs
 from pretrain.checkpoints import checkpoint
+from pretrain.checkpoints.checkpoint import read_progress
 from pretrain.checkpoints.commit import Store, disk_errors
 from pretrain.config import EngineConfig, OptimConfig, TrainConfig
 from pretrain.cost import flops
@@ -56,6 +57,7 @@ class Run:
         settings: a pydantic model with the sections of `Settings`.
         data: hashes of the training data; a resume on other data is refused.
         given_by: the configuration key that chooses the data, for that error.
+        fixed: what each checkpoint keeps of the configuration, from `runs.fixed_values`.
         stack: closed when the run ends, whatever happens.
     """
 
@@ -68,11 +70,12 @@ class Run:
         store: Store,
         data: Mapping[str, Any],
         given_by: str,
+        fixed: Mapping[str, Any],
         stack: ExitStack,
     ) -> None:
         cosine.check(settings.train.cosine_every, settings.engine, engine.module.objective)
         self.settings, self.world, self.engine, self.stream, self.store = settings, world, engine, stream, store
-        self.data, self.stack, self.folder = data, stack, settings.run_dir
+        self.data, self.fixed, self.stack, self.folder = data, fixed, stack, settings.run_dir
         self.notes: list[str] = []
         self.progress = self.reached = self._resume(given_by)
         self.events = runs.Events(self.folder)
@@ -164,7 +167,7 @@ class Run:
 
     def _save(self, progress: Progress) -> None:
         """Commits a checkpoint and deletes those that `train.keep` no longer covers; collective."""
-        content = {**progress.to_json(), "data": self.data, "kernels": self.model.backend}
+        content = {**progress.to_json(), "data": self.data, "kernels": self.model.backend, "fixed": self.fixed}
         began, spent = time.perf_counter(), self.meter
         checkpoint.save(self.store, progress.step, self.engine, self.world, content, keep=self.settings.train.keep)
         self.reached, self.meter = progress, Meter()
@@ -246,10 +249,13 @@ def claim(
 ) -> dict[str, Any]:
     """What changed since the run was last started; raises where this configuration may not continue it.
 
-    complete: fills in the defaults of options that config.yaml may be too old to hold.
+    What the newest checkpoint keeps of its configuration goes before config.yaml, which people can edit.
+
+    complete: fills in the defaults of options that config.yaml or checkpoint may be too old to hold.
     """
     assert isinstance(settings, BaseModel)
-    if not store.commits():
+    newest = store.latest() if settings.train.resume == "auto" else None
+    if newest is None and not store.commits():
         return {}
     if settings.train.resume == "never":
         raise CheckpointError(
@@ -261,4 +267,6 @@ def claim(
             f"`{settings.run_dir / runs.CONFIG}` must be there: without it nobody knows what its checkpoints were "
             "trained as; bring it back, or choose another `name`"
         )
-    return runs.check_continues(settings, complete(before), settings.run_dir, fixed, free)
+    saved = read_progress(newest)["progress"].get("fixed") if newest else None
+    past = complete(runs.with_fixed(complete(before), saved, free))
+    return runs.check_continues(settings, past, settings.run_dir, fixed, free)

@@ -1,5 +1,6 @@
 """The folder of a run: `runs/<name>/{config.yaml, env.json, checkpoints/, latest, tb/, samples/, events.jsonl}`."""
 
+import copy
 import hashlib
 import json
 import os
@@ -63,6 +64,50 @@ def check_continues(
                 "choose another `name`"
             )
     return changed
+
+
+def fixed_values(config: BaseModel, fixed: Sequence[str], free: Sequence[str] = ()) -> dict[str, Any]:
+    """{key or section of `fixed`: its value}, without what is `free`: what each checkpoint keeps of a configuration.
+
+    config.yaml can be edited by hand between two starts, a checkpoint cannot.
+    """
+    values = config.model_dump(mode="json")
+    for key in free:
+        section, _, name = key.rpartition(".")
+        (value_of(values, section) or {}).pop(name, None)
+    return {key: value_of(values, key) for key in fixed}
+
+
+def with_fixed(config: ConfigT, saved: Any, free: Sequence[str] = ()) -> ConfigT:
+    """`config` with what a checkpoint keeps of it in `saved`, by `fixed_values`; an older one keeps nothing.
+
+    Raises:
+        CheckpointError: that is no configuration.
+    """
+    if not isinstance(saved, dict):
+        return config
+    values = config.model_dump(mode="json")
+    try:
+        for key, value in copy.deepcopy(saved).items():
+            kept = {one: value_of(values, one) for one in free if _within(one, [key])}
+            for name, put in {key: value, **kept}.items():
+                configuration.assign(values, name, put)
+        return configuration.validate(type(config), values, where="what the checkpoint keeps of its configuration")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def edited(values: Mapping[str, Any], saved: Any) -> dict[str, list[Any]]:
+    """{key: [as saved, now]} where the nested `values` of a config.yaml are not what a checkpoint keeps of them."""
+    kept = flatten(saved) if isinstance(saved, dict) else {}
+    return {key: [was, now] for key, was in kept.items() if (now := value_of(values, key)) != was}
+
+
+def value_of(values: Any, dotted: str) -> Any:
+    """The value of a dotted key in nested `values`; None where it is absent."""
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
 
 
 def fingerprint(manifest: Manifest) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def main(
         stack.callback(store.unlock)
         changed = distributed.rank_zero(lambda: claim(settings, store, complete_options, FIXED))
         engine = build(settings.engine, settings.optim, module, world, user)
-        run = Run(settings, world, engine, stream, store, data, "data.path", stack)
+        kept = runs.fixed_values(settings, FIXED)
+        run = Run(settings, world, engine, stream, store, data, "data.path", kept, stack)
         run.announce(repaired, changed, derived(run, settings, dataset), lambda: masks(run, dataset))
         return run.train(together(lambda: text_samples(run, dataset)))
 

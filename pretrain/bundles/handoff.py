@@ -17,7 +17,7 @@ from pretrain.config import RunConfig
 from pretrain.data.manifest import Manifest, read_manifest, read_tokenizer
 from pretrain.errors import CheckpointError
 from pretrain.loop import Progress
-from pretrain.runs import CONFIG, ENVIRONMENT, check_data, fingerprint, read_config
+from pretrain.runs import CONFIG, ENVIRONMENT, check_data, edited, fingerprint, read_config
 
 
 def handoff(run_dir: str | Path, out: str | Path) -> Path:
@@ -37,6 +37,8 @@ def handoff(run_dir: str | Path, out: str | Path) -> Path:
     data = Path(config.data.path)
     manifest = read_manifest(data)
     saved = read_progress(commit)["progress"]
+    for key, (was, now) in edited(config.model_dump(mode="json"), saved.get("fixed")).items():
+        raise CheckpointError(f"`{run / CONFIG}`: `{key}` must be {was!r}, as {commit.name} was trained, is {now!r}")
     check_data(saved.get("data"), fingerprint(manifest), "data.path", run)
     progress = Progress.from_json(saved)
     provenance = describe(config, progress, manifest, read_environment(run))

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from pretrain import config as configuration
-from pretrain import runs
+from pretrain import rng, runs
 from pretrain.bundles.bundle import read_description
 from pretrain.checkpoints import seal
 from pretrain.checkpoints.checkpoint import PROGRESS, read_progress
@@ -74,6 +74,7 @@ def examine_run(run: Path) -> list[Finding]:
         sealed += [path for path in rest if _would_finish(path)]
         findings += _pointer(run, pointer, [path.name for path in commits], [path.name for path in sealed])
     if sound:
+        findings += _if_there(sound[-1], partial(_edited, run, sound[-1])) or []
         findings += _if_there(sound[-1], partial(_data, run, sound[-1])) or []
     if gone and gone == len(commits):
         return [*findings, note(f"checkpoints of {run} come and go too fast to be read: verify it again later")]
@@ -175,7 +176,15 @@ def _wanted_shapes(run: Path) -> tuple[Shapes | None, list[Finding]]:
 def _wrong_progress(commit: Path, content: Mapping[str, Any]) -> list[str]:
     step, progress = seal.number(commit.absolute().name), Progress.from_json(content["progress"])
     found = {"step": content["step"], "progress.step": progress.step}
-    return [f"{commit / PROGRESS}: `{key}` must be {step}, is {was}" for key, was in found.items() if was != step]
+    path, problems = commit / PROGRESS, [(key, f"{step}", was) for key, was in found.items() if was != step]
+    # Samples are taken in order from the first one on, at least one an update and a token each.
+    if progress.position != progress.samples:
+        problems.append(("progress.position", f"{progress.samples}, the samples seen", progress.position))
+    if progress.samples < progress.step:
+        problems.append(("progress.samples", f"at least {progress.step}, one an update", progress.samples))
+    if progress.tokens < progress.samples:
+        problems.append(("progress.tokens", f"at least {progress.samples}, one a sample", progress.tokens))
+    return [f"{path}: `{key}` must be {must}, is {was}" for key, must, was in problems]
 
 
 def _wrong_files(commit: Path, index: Mapping[str, Any], ranks: int) -> list[str]:
@@ -217,7 +226,17 @@ def _wrong_tensors(commit: Path, index: Mapping[str, Any], shapes: Shapes | None
         problems += [f"{part}: `{key}` is also in {where[key]}" for key in keys if key in where]
         where |= dict.fromkeys(keys, part.name)
         problems += tensor_problems(part, shapes or listed)
+    problems += [problem for rank in range(index["ranks"]) if (problem := _wrong_generators(commit, rank))]
     return problems + [f"{path}: no file of a rank holds `{key}`" for key in listed if key not in where]
+
+
+def _wrong_generators(commit: Path, rank: int) -> str | None:
+    path = commit / f"rng-rank{rank}.safetensors"
+    try:
+        rng.check(path)
+    except UNREADABLE as error:
+        return f"{path} must hold the random generators: {type(error).__name__}: {' '.join(str(error).split())}"
+    return None
 
 
 def _described(commit: Path) -> Finding:
@@ -282,6 +301,20 @@ def _pointer(run: Path, pointer: str | None, commits: list[str], sealed: list[st
     if pointer in commits:
         return [note(f"{run / 'latest'} names {pointer}, the newest intact is {newest}: the next start corrects it")]
     return [bad(f"{run / 'latest'} must name {newest}, names {pointer}: the next start corrects it")]
+
+
+def _edited(run: Path, commit: Path) -> list[Finding]:
+    """Whether config.yaml still says of the model, its objective and the order of the data what the checkpoint does."""
+    path = run / runs.CONFIG
+    try:
+        values = configuration.read_yaml(path)
+    except ConfigError:  # told before
+        return []
+    changed = runs.edited(values, read_progress(commit)["progress"].get("fixed"))
+    return [
+        bad(f"{path}: `{key}` must be {was!r}, as {commit.name} was trained, is {now!r}: edited by hand")
+        for key, (was, now) in changed.items()
+    ]
 
 
 def _data(run: Path, commit: Path) -> list[Finding]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pretrain.__main__ import main
@@ -17,7 +18,7 @@ from pretrain.checkpoints.commit import Store
 from pretrain.errors import UsageError
 from pretrain.report.findings import Finding, shown_bytes
 from pretrain.report.verify import KINDS, recognise
-from tests.pretrain.runs import make_data, start, wait_for_save, write_config, write_text
+from tests.pretrain.runs import make_data, reseal, start, wait_for_save, write_config, write_text
 
 STATE, RNG = "state-rank0.safetensors", "rng-rank0.safetensors"
 
@@ -55,6 +56,16 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
     save_file(values, path)
 
 
+def edit_generators(
+    path: Path, change: Callable[[dict[str, torch.Tensor]], object], rest: dict[str, object] | None = None
+) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    values = load_file(path)
+    change(values)
+    save_file(values, path, {"rest": json.dumps(rest)} if rest else metadata)
+
+
 def edit_json(path: Path, change: Callable[[dict], object]) -> None:
     values = json.loads(path.read_text())
     change(values)
@@ -87,6 +98,47 @@ def second_rank(commit: Path) -> None:
 
 # What was done to a commit before it was sealed anew, and what must be said of it.
 CONTENT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a generator that is short": (
+        lambda c: edit_generators(c / RNG, lambda v: v.update(numpy=v["numpy"][:-1].clone())),
+        f"{RNG} must hold the random generators: ValueError: numpy's generator must have 624 words of "
+        "torch.int64, has [623] of torch.int64",
+    ),
+    "a generator of another kind": (
+        lambda c: edit_generators(c / RNG, lambda v: v.update(python=v["python"].double())),
+        "python's generator must have 625 words of torch.int64, has [625] of torch.float64",
+    ),
+    "a generator with words beyond 32 bits": (
+        lambda c: edit_generators(c / RNG, lambda v: v["numpy"].__setitem__(3, 1 << 40)),
+        "numpy's generator must be of 32-bit words, has ",
+    ),
+    "torch's generator cut short": (
+        lambda c: edit_generators(c / RNG, lambda v: v.update(torch=v["torch"][:100].clone())),
+        f"{RNG} must hold the random generators: ",
+    ),
+    "a generator that stands nowhere": (
+        lambda c: edit_generators(c / RNG, lambda v: None, {"numpy": [-1, 0, 0.0], "python": [3, None]}),
+        "numpy's generator must have 624 words, stands at -1",
+    ),
+    "no generator": (
+        lambda c: edit_generators(c / RNG, lambda v: v.pop("python")),
+        f"{RNG} must hold the random generators: KeyError: 'python'",
+    ),
+    "a position that is not that of the samples": (
+        lambda c: edit_json(c / "progress.json", lambda v: v["progress"].update(position=3)),
+        "progress.json: `progress.position` must be 12, the samples seen, is 3",
+    ),
+    "fewer samples than updates": (
+        lambda c: edit_json(c / "progress.json", lambda v: v["progress"].update(samples=1, position=1)),
+        "progress.json: `progress.samples` must be at least 2, one an update, is 1",
+    ),
+    "fewer tokens than samples": (
+        lambda c: edit_json(c / "progress.json", lambda v: v["progress"].update(tokens=11)),
+        "progress.json: `progress.tokens` must be at least 12, one a sample, is 11",
+    ),
+    "a position below zero": (
+        lambda c: edit_json(c / "progress.json", lambda v: v["progress"].update(position=-1)),
+        "`position` must be an integer, got -1",
+    ),
     "a weight that is no number": (
         lambda c: edit_tensors(c / STATE, put("param/model.shared.weight", (7, 3), float("nan"))),
         f"{STATE}: `param/model.shared.weight` must be finite, 1 numbers are not",
@@ -217,6 +269,43 @@ def test_another_model_in_the_configuration(run: Path) -> None:
     values["model"]["decoder_layers"] = 3
     (run / "config.yaml").write_text(yaml.safe_dump(values))
     assert any("the model needs `param/model.decoder.layers.2" in text for text in texts(run, "BAD"))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("objective", "label_smoothing", 0.25), ("model", "activation", "relu"), ("data", "weights", {"tiny": 1.0}),
+     (None, "seed", 5)],
+)  # fmt: skip
+def test_a_configuration_that_was_edited_by_hand(
+    section: str | None, key: str, value: object, run: Path, newest: Path, whole: Path, capsys
+) -> None:
+    path, given = run / "config.yaml", whole / "tiny.yaml"
+    values = yaml.safe_load(path.read_text())
+    part = values[section] if section else values
+    name, was = f"{section}.{key}" if section else key, part[key]
+    part[key] = value
+    path.write_text(yaml.safe_dump(values))
+    expected = f"config.yaml: `{name}` must be {was!r}, as step-00000002 was trained, is {value!r}: edited by hand"
+    assert any(expected in text for text in texts(run, "BAD")), texts(run, "BAD")
+    capsys.readouterr()
+    assert main(["handoff", str(run), "--out", str(run.parent / "new")]) == 5
+    assert f"`{name}` must be {was!r}" in capsys.readouterr().err
+    more = [f"runs={run.parent}", "train.steps=3"]
+    change = f"{name}={json.dumps(value)}"
+    assert main(["train", str(given), *more, change]) == 3, "the file says so, the checkpoint does not"
+    told = capsys.readouterr().err
+    assert (f"`{name}" in told and f"must stay {was!r}" in told) or "`data.weights.tiny` must stay None" in told, told
+    assert main(["train", str(given), *more]) == 0
+    assert not texts(run, "BAD"), "the file is written anew"
+
+
+def test_a_checkpoint_that_keeps_nothing_of_its_configuration(run: Path, newest: Path, whole: Path) -> None:
+    for commit in run.glob("checkpoints/step-*"):
+        edit_json(commit / "progress.json", lambda values: values["progress"].pop("fixed"))
+        reseal(commit)
+    assert not texts(run, "BAD")
+    assert main(["train", str(whole / "tiny.yaml"), f"runs={run.parent}", "train.steps=3"]) == 0
+    assert main(["train", str(whole / "tiny.yaml"), f"runs={run.parent}", "train.steps=4", "seed=2"]) == 3
 
 
 def test_other_data_and_data_that_is_elsewhere(run: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:
