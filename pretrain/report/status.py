@@ -23,7 +23,7 @@ from pretrain import config as configuration
 from pretrain import runs
 from pretrain.checkpoints.checkpoint import read_progress
 from pretrain.checkpoints.commit import Store
-from pretrain.checkpoints.holder import holder
+from pretrain.checkpoints.holder import NoLocks, holder
 from pretrain.config import TrainConfig
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.loop import Progress
@@ -32,8 +32,10 @@ from pretrain.watch.console import clock, short
 
 # How a life ended, by its last event; a life without one of these was killed.
 ENDS = {"finish": "finished", "stop": "stopped by a signal", "error": "failed"}
+UNKNOWN = "not known, this file system has no locks"
 RECENT = 4000  # values of the board that the pace is measured on
 RETRIES = 5  # of reading a checkpoint, while a fast run deletes old ones
+STARTING = 2.0  # seconds within which two lives cannot be told by their names
 PACE, SPEED = "loss/total", "speed/tokens_per_second"
 LOSSES = ("loss/", "valid/")
 
@@ -42,10 +44,11 @@ LOSSES = ("loss/", "valid/")
 class Status:
     """What `--json` prints. Times are seconds; None where the run does not tell yet.
 
-    state: running, finished, stopped by a signal, failed or killed. by: the job that holds the run. step: last logged
-    update. verified_step: of the newest intact checkpoint, which is where the next start resumes. problem: why there is
-    none. tokens: seen at that checkpoint. seconds_left: of training, at the pace of the last updates. seconds_kept: of
-    the updates that goodput counts. losses: {"loss/ar": 5.4, "valid/ar": 5.6, ...}, the last on the board of this life.
+    state: running, finished, stopped by a signal, failed, killed or `UNKNOWN`. by: the job that holds the run. step:
+    last logged update. verified_step: of the newest intact checkpoint, which is where the next start resumes. problem:
+    why there is none. tokens: seen at that checkpoint. seconds_left: of training, at the pace of the last updates.
+    seconds_kept: of the updates that goodput counts. losses: {"loss/ar": 5.4, "valid/ar": 5.6, ...}, the last on the
+    board of this life.
     """
 
     run: str
@@ -87,19 +90,23 @@ def read_status(run: Path, now: float) -> Status:
         CheckpointError: it is no run, or one that never started.
     """
     steps, events = _steps(run), _events(run)
-    by, store, board = holder(run), Store(run), Board.read(run / runs.BOARD)
-    progress, problem = _verified(store)
+    try:
+        by, otherwise = holder(run), "killed"
+    except NoLocks:
+        by, otherwise = None, UNKNOWN
     begins = [event for event in events if event["event"] in ("start", "resume")]
+    store, board = Store(run), Board.read(run / runs.BOARD, begins[-1]["time"] if begins else None)
+    progress, problem = _verified(store)
     saves = kept_saves(events)
     errors = [event for event in events if event["event"] == "error"]
     ended = next((event["event"] for event in reversed(events) if event["event"] in (*ENDS, "start", "resume")), "")
     sign = max(events[-1]["time"], board.time if board else 0.0)
-    passed = (now if by else sign) - events[0]["time"]
+    passed = max(0.0, (now if by else sign) - events[0]["time"])  # a clock may have been set back
     step = max([event["step"] for event in events[-1:]] + ([board.step] if board else []))
     kept = sum(save["seconds"] for save in saves)
     return Status(
         run=str(run),
-        state="running" if by else ENDS.get(ended, "killed"),
+        state="running" if by else ENDS.get(ended, otherwise),
         by=by,
         step=step,
         steps=steps,
@@ -109,11 +116,11 @@ def read_status(run: Path, now: float) -> Status:
         tokens=progress.tokens if progress else None,
         checkpoints=len(store.commits()),
         checkpoint_bytes=folder_bytes(store.folder),
-        seconds_since_save=now - saves[-1]["time"] if saves else None,
-        seconds_since_sign=now - sign,
+        seconds_since_save=max(0.0, now - saves[-1]["time"]) if saves else None,
+        seconds_since_sign=max(0.0, now - sign),
         seconds_per_update=board.seconds_per_update if board else None,
         tokens_per_second=board.tokens_per_second if board else None,
-        seconds_left=board.seconds_per_update * (steps - step) if board and board.seconds_per_update else None,
+        seconds_left=board.seconds_per_update * max(0, steps - step) if board and board.seconds_per_update else None,
         seconds_since_start=passed,
         seconds_kept=kept,
         losses=board.losses if board else {},
@@ -156,25 +163,43 @@ class Board:
     losses: dict[str, float]
 
     @classmethod
-    def read(cls, folder: Path) -> "Board | None":
-        """Reads the newest event file; None where no update is on it yet."""
+    def read(cls, folder: Path, began: float | None = None) -> "Board | None":
+        """Reads the event file of the life that `began` then, else the newest; None where no update is on it yet."""
         from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
         from tensorboard.compat.proto.event_pb2 import Event
 
-        # Names tell when a life began; a copy has other times. A pipe among them would be waited for.
-        files = sorted(path for path in folder.glob("events.out.tfevents.*") if path.is_file())
+        # A pipe among them would be waited for.
+        files = [path for path in folder.glob("events.out.tfevents.*") if path.is_file()]
         if not files:
             return None
-        recent = deque(RawEventFileLoader(str(files[-1])).Load(), maxlen=RECENT)
+        recent = deque(RawEventFileLoader(str(_of_life(files, began))).Load(), maxlen=RECENT)
         parsed = [(event, value) for event in map(Event.FromString, recent) for value in event.summary.value]
         paces = [(event.step, event.wall_time) for event, value in parsed if value.tag == PACE]
         speeds = [value.simple_value for _, value in parsed if value.tag == SPEED]
         if not paces:
             return None
         (first_step, first_time), (step, last_time) = paces[0], paces[-1]
-        pace = (last_time - first_time) / (step - first_step) if step > first_step else None
+        # A clock that was set back within a life tells no pace.
+        went_on = step > first_step and last_time > first_time
+        pace = (last_time - first_time) / (step - first_step) if went_on else None
         losses = {value.tag: value.simple_value for _, value in parsed if value.tag.startswith(LOSSES)}
         return cls(step, parsed[-1][0].wall_time, pace, speeds[-1] if speeds else None, losses)
+
+
+def _of_life(files: Sequence[Path], began: float | None) -> Path:
+    """The event file of the life that began then.
+
+    Names tell when a life began, a copy has other times. The newest name is that of an older life where the clock was
+    set back in between; events.jsonl is in the order in which things happened.
+    """
+
+    def numbers(path: Path) -> list[int]:  # events.out.tfevents.SECOND.HOST.PID.NUMBER
+        return [int(part) for part in path.name.split(".") if part.isdecimal()] or [0]
+
+    def distance(path: Path) -> float:
+        return 0.0 if began is None else max(STARTING, abs(numbers(path)[0] - began))
+
+    return min(sorted(files, key=numbers, reverse=True), key=distance)
 
 
 def describe(found: Status) -> str:
@@ -195,6 +220,8 @@ def describe(found: Status) -> str:
     if found.seconds_left is not None:
         done = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + found.seconds_left))
         when = f"until {done}" if found.by else "once it is started again"
+        if found.state == UNKNOWN:
+            when = f"until {done} if it is running"
         left = f"{clock(found.seconds_left)}, {when}" if found.seconds_left else "nothing"
     of_time = f" of {clock(found.seconds_since_start)} since the first start, {clock(found.seconds_kept)} of updates"
     sign = f"last sign of life {clock(found.seconds_since_sign)} ago"

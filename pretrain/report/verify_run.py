@@ -21,7 +21,7 @@ from pretrain.bundles.bundle import read_description
 from pretrain.checkpoints import seal
 from pretrain.checkpoints.checkpoint import PROGRESS, read_progress
 from pretrain.checkpoints.commit import Store
-from pretrain.checkpoints.holder import holder
+from pretrain.checkpoints.holder import in_use
 from pretrain.config import ModelConfig, RunConfig
 from pretrain.data.dataset import ShardDataset
 from pretrain.engine.state import FORMAT, INDEX, KEYS, UNREADABLE
@@ -52,9 +52,9 @@ def examine_run(run: Path) -> list[Finding]:
 
     A run that is being written now may be looked at: what it deletes meanwhile is left out.
     """
-    busy, store = holder(run), Store(run)
+    busy, store = in_use(run), Store(run)
     commits, pointer = store.commits(), store.pointer()
-    findings = [note(f"in use by {busy}")] if busy else []
+    findings = [note(busy)] if busy else []
     findings += _journals(run, bool(commits))
     shapes, model = _wanted_shapes(run)
     findings += model

@@ -1,5 +1,6 @@
 """`status`: what it says of a run in every state it can be found in, and the arithmetic of goodput and time left."""
 
+import errno
 import json
 import os
 import shutil
@@ -248,6 +249,51 @@ def test_time_left_is_that_of_the_last_updates_of_this_life(run: Path) -> None:
         file.truncate(second.stat().st_size - 7)  # as a kill leaves it
     cut = Board.read(run / "tb")
     assert cut is not None and (cut.step, cut.seconds_per_update, cut.tokens_per_second) == (3, 3.0, 200.0)
+
+
+def test_the_newest_life_is_the_last_that_began_though_the_clock_was_set_back(run: Path) -> None:
+    shutil.rmtree(run / "tb")
+    write_board(run / "tb", 1_700_060_000, 3.0)
+    write_board(run / "tb", 1_700_050_000, 5.0)
+    write_events(run, event("start", 0, 1_700_059_999.0), event("resume", 0, 1_700_049_998.0))
+    found = read_status(run, 1_700_050_005.0)
+    assert (found.seconds_per_update, found.step) == (5.0, 3) and found.seconds_since_start == 0
+    assert found.goodput is None and found.seconds_since_sign == 0
+    shown = describe(found)
+    assert "last sign of life 0:00 ago" in shown and "5 s an update" in shown
+
+
+def test_a_clock_that_was_set_back_within_a_life_tells_no_pace(run: Path) -> None:
+    shutil.rmtree(run / "tb")
+    write_board(run / "tb", 1_700_060_000, -3.0)
+    found = read(run)
+    assert (found.seconds_per_update, found.seconds_left) == (None, None)
+    assert "pace     not known yet" in describe(found)
+
+
+def test_boards_of_one_second_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number, pace in ((9, 1.0), (10, 2.0)):
+        write_board(tmp_path, 1_700_060_000, pace).rename(tmp_path / f"events.out.tfevents.1700060000.host.1.{number}")
+    for began in (None, 1_700_059_999.5):
+        found = Board.read(tmp_path, began)
+        assert found is not None and found.seconds_per_update == 2.0
+
+
+def test_without_locks_nobody_knows_whether_it_is_running(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("pretrain.checkpoints.holder.fcntl.fcntl", refuse)
+    assert read(run).state == "finished", "it says so itself"
+    write_events(run, event("start", 0, time.time()))
+    found = read(run)
+    assert (found.state, found.by) == ("not known, this file system has no locks", None)
+    assert "state    not known, this file system has no locks\n" in describe(found)
+    capsys.readouterr()
+    assert main(["verify", str(run)]) == 0
+    assert "note perhaps in use: this file system has no locks" in capsys.readouterr().out
 
 
 def test_a_life_without_an_update_has_no_pace(tmp_path: Path) -> None:
