@@ -21,6 +21,8 @@ import torch
 
 from pretrain import config, distributed
 from pretrain.assemble import build_module, build_stream, complete_config
+from pretrain.checkpoints.commit import Store
+from pretrain.checkpoints.seal import number
 from pretrain.config import RunConfig
 from pretrain.cost.flops import Flops, batch_flops, parameters_by_part
 from pretrain.cost.memory import Memory, activation_bytes, checkpoint_bytes, rank_memory
@@ -30,7 +32,7 @@ from pretrain.data.plan import StepPlan
 from pretrain.data.stream import SampleStream, Window
 from pretrain.distributed import World
 from pretrain.engine import build
-from pretrain.errors import DiskError
+from pretrain.errors import ConfigError, DiskError
 from pretrain.loop import Progress, StepReport, fit
 from pretrain.objectives import ObjectiveModule
 from pretrain.report.findings import shown_bytes
@@ -47,7 +49,8 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 class Figures:
     """What the table is made of. flops, samples, tokens: of one update over all ranks, the first one. sources: names.
 
-    data_seconds: one process takes to read, corrupt and pack the samples of an update.
+    data_seconds: one process takes to read, corrupt and pack the samples of an update. done: updates at the newest
+    checkpoint of the run, 0 where it has none.
     """
 
     settings: RunConfig
@@ -61,6 +64,12 @@ class Figures:
     capacity: int
     checkpoint: int
     data_seconds: float
+    done: int
+
+    @property
+    def left(self) -> int:
+        """Updates that remain to be done."""
+        return max(0, self.settings.train.steps - self.done)
 
     @property
     def fits(self) -> bool:
@@ -73,7 +82,8 @@ def plan(config_path: str | Path, overrides: Sequence[str] = (), ranks: int = 1,
     measure: run updates here to tell the time; None: if they fit and take seconds.
 
     Raises:
-        ParlanceError: whatever `train` would refuse; DiskError if the checkpoints do not fit beside each other.
+        ParlanceError: whatever `train` would refuse; below the table, DiskError if the checkpoints do not fit beside
+            each other, ConfigError if a rank does not fit into the memory.
     """
     with ExitStack() as stack:
         world = distributed.init()
@@ -88,6 +98,7 @@ def plan(config_path: str | Path, overrides: Sequence[str] = (), ranks: int = 1,
             print(f"\n{title}", *lines, sep="\n  ")
         print("\ntime", *_time(figures, dataset, world, measure), sep="\n  ", flush=True)
         _check_disk(figures)
+        _check_memory(figures)
 
 
 def _figures(settings: RunConfig, dataset: ShardDataset, device: torch.device, ranks: int) -> Figures:
@@ -118,6 +129,7 @@ def _figures(settings: RunConfig, dataset: ShardDataset, device: torch.device, r
         capacity=_capacity(device, ranks),
         checkpoint=checkpoint_bytes(module, ranks),
         data_seconds=data_seconds,
+        done=max((number(commit.name) or 0 for commit in Store(settings.run_dir).commits()), default=0),
     )
 
 
@@ -140,6 +152,7 @@ def _table(figures: Figures, device: torch.device) -> Iterator[tuple[str, list[s
         [
             f"about {short(step.tokens * train.steps)} tokens, {epochs:.2f} epochs of {samples:,} samples",
             *_blend(figures, step.count * train.steps),
+            *_begun(figures),
         ],
     )
     parts = parameters_by_part(figures.module.model)
@@ -170,6 +183,12 @@ def _table(figures: Figures, device: torch.device) -> Iterator[tuple[str, list[s
             for part in ("encoder", "decoder", "attention", "heads")
         ],
     )
+
+
+def _begun(figures: Figures) -> Iterator[str]:
+    """What is left of a run that exists."""
+    if figures.done:
+        yield f"{figures.done:,} of them are in a checkpoint of {figures.settings.run_dir}, {figures.left:,} remain"
 
 
 def _blend(figures: Figures, drawn: int) -> Iterator[str]:
@@ -211,8 +230,9 @@ def _time(figures: Figures, dataset: ShardDataset, world: World, measure: bool |
     # only what ranks do at once counts
     reached = work / update / (peak.flops * speedup)
     part = "" if micros == len(sums) else f", {micros} of {len(sums)} micro-batches"
+    extent = f"for the {figures.left:,} that remain" if figures.done else "in all"
     return [
-        f"{update:.3g} s an update, {clock(update * settings.train.steps)} in all (h:mm:ss), "
+        f"{update:.3g} s an update, {clock(update * figures.left)} {extent} (h:mm:ss), "
         "without validation, saving and messages between ranks",
         f"{short(figures.step.tokens / update)} target tokens/s, "
         f"MFU {reached:.0%} of {short(peak.flops * speedup)}FLOP/s ({peak.source})",
@@ -247,6 +267,15 @@ def _check_disk(figures: Figures) -> None:
         raise DiskError(
             f"`{folder}` must have room for {copies} checkpoints, {shown_bytes(needed)}; {shown_bytes(free)} are free: "
             "lower `train.keep` or choose another `runs`"
+        )
+
+
+def _check_memory(figures: Figures) -> None:
+    if not figures.fits:
+        needed, room = shown_bytes(figures.memory.total), shown_bytes(figures.capacity)
+        raise ConfigError(
+            f"a rank must fit in {room} of memory, needs {needed}: lower `batch.micro_max_tokens`, or change `model`, "
+            "`engine.zero_stage`, `engine.offload`, `engine.activation_checkpointing` or the number of ranks"
         )
 
 

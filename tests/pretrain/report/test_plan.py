@@ -100,6 +100,20 @@ def test_a_blend_tells_the_epochs_of_each_source(planned, tmp_path):
         assert number(rf"{name}: ([\d.]+) epochs", out) == pytest.approx(20 * 6 * share / size, abs=0.01)
 
 
+def test_a_run_that_exists_has_the_rest_to_do(data, tmp_path, capsys):
+    given = [str(write_config(tmp_path, data)), "train.steps=5", "train.save_every=2"]
+    assert main(["train", *given, "train.steps=3"]) == 0
+    before = sorted((tmp_path / "runs").rglob("*"))
+    for steps, left in ((5, 2), (2, 0)):
+        capsys.readouterr()
+        assert main(["plan", *given, f"train.steps={steps}", "--measure"]) == 0
+        out = capsys.readouterr().out
+        assert f"length: {steps} updates" in out
+        assert f"  3 of them are in a checkpoint of {tmp_path / 'runs' / 'tiny'}, {left} remain\n" in out
+        assert f" for the {left} that remain (h:mm:ss)" in out
+    assert sorted((tmp_path / "runs").rglob("*")) == before, "nothing is written"
+
+
 def test_time_is_measured_by_real_updates(planned):
     out = planned("train.steps=100", "--measure").out
     update = number(r"([\d.]+) s an update, 0:", out)
@@ -134,8 +148,10 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error_below_the_table(planne
 
 def test_a_machine_too_small_is_said_and_not_tried(planned, monkeypatch):
     monkeypatch.setattr(planning, "_capacity", lambda device, ranks: 1000)
-    out = planned().out
-    assert "does NOT fit in 1 kB (this machine's memory" in out
+    found = planned(code=3)
+    out = found.out
+    assert found.err.startswith("error: a rank must fit in 1 kB of memory, needs ") and found.err.count("\n") == 1
+    assert "does NOT fit in 1 kB (this machine's memory" in out and "work: " in out
     assert "not measured, as it does not fit; --measure tries" in out
     monkeypatch.undo()
     monkeypatch.setattr(planning, "PATIENCE_SECONDS", 1e-9)
