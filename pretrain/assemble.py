@@ -129,11 +129,14 @@ def _inherited(settings: RunConfig, init_from: str, dataset: ShardDataset) -> Mo
                 f"its own is {dataset.tokenizer.sha256:.12}: prepare it with `--tokenizer {init_from}`"
             )
         shape = description.model
-    given = {name: getattr(settings.model, name) for name in settings.model.model_fields_set}
-    for name, value in given.items():
-        inherited = getattr(shape, name)
-        if name not in DROPOUTS and value not in (inherited, None):
-            raise ConfigError(f"`model.{name}` must be {inherited!r} or absent, as in `{init_from}`, got {value!r}")
+    given = {name: getattr(settings.model, name) for name in sorted(settings.model.model_fields_set)}
+    conflicts = [
+        f"`model.{name}` must be {inherited!r} or absent, as in `{init_from}`, got {value!r}"
+        for name, value in given.items()
+        if name not in DROPOUTS and value not in (inherited := getattr(shape, name), None)
+    ]
+    if conflicts:
+        raise ConfigError("; ".join(conflicts))
     return shape.model_copy(update={name: value for name, value in given.items() if name in DROPOUTS})
 
 

@@ -149,7 +149,8 @@ class TrainConfig(Section):
         if not isinstance(values, dict) or (values.get("epochs") is None and values.get("steps", 1)):
             return values
         if (values.get("epochs") is None) == (not values.get("steps")):
-            raise ValueError("give exactly one of `steps` and `epochs`")
+            found = f"{values.get('steps')} and {values.get('epochs')}"
+            raise ValueError(f"give exactly one of `steps` and `epochs`, `steps` at least 1, got {found}")
         return {**values, "steps": 0}
 
 

@@ -115,6 +115,11 @@ def test_cmlm_has_no_layout_to_contradict(place, tmp_path):
 REFUSALS = {
     "another width": (["model.d_model=32"], 3, "`model.d_model` must be 16 or absent, as in"),
     "a default, but given": (["model.encoder_layers=3"], 3, "`model.encoder_layers` must be 1 or absent"),
+    "several": (
+        ["model.d_model=32", "model.dropout=0.3", "model.activation=relu"],
+        3,
+        "`, got 'relu'; `model.d_model` must be 16 or absent, as in",
+    ),
     "another layout": (["objective.ar_layout=bos_first"], 3, "`objective.ar_layout` must be eos_first, as in"),
     "no bundle": (["init_from=nowhere"], 5, "bundle `nowhere`: there is no such folder"),
 }
@@ -233,5 +238,6 @@ def test_a_run_of_epochs_is_recorded_in_steps(place, tmp_path, capsys):
 
 @pytest.mark.parametrize("both", [{"steps": 5, "epochs": 1.0}, {"steps": 0}, {"steps": None}])
 def test_the_length_of_a_run_is_given_once(both):
-    with pytest.raises(config.ConfigError, match="give exactly one of `steps` and `epochs`"):
+    message = f"`steps` and `epochs`, `steps` at least 1, got {both['steps']} and {both.get('epochs')}"
+    with pytest.raises(config.ConfigError, match=message):
         config.validate(TrainConfig, both, where="x")
