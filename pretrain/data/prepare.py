@@ -254,7 +254,7 @@ def _finish(
     files: Sequence[str],
     skipped: Mapping[str, Counter[str]],
 ) -> Manifest:
-    """Joins the records into index and manifest."""
+    """Joins the records into index and manifest, and tells what no manifest counts."""
     records = [
         parse_section(ShardRecord, read_plain(record_path(folder, file)), str(record_path(folder, file)))
         for file in files
@@ -281,6 +281,13 @@ def _finish(
     )
     write_atomic(folder / INDEX_FILE, index_bytes)
     write_atomic(folder / MANIFEST_FILE, manifest_bytes(manifest))
+    for source in sources:
+        count = sum(record.replaced for record in records if record.entry.source == source.name)
+        if count:
+            told = (
+                f"source {source.name}: {count:,} documents hold U+FFFD, text that was decoded wrongly; they are kept"
+            )
+            print(told, file=sys.stderr, flush=True)
     return manifest
 
 

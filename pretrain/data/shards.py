@@ -23,6 +23,7 @@ from pretrain.errors import DataError
 # A shorter text leaves nothing to predict once a part of it is masked.
 MIN_TOKENS = 4
 PARTS_FOLDER = "parts"
+REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ShardRecord(Section):
     """What is known of a finished shard.
 
     rows: (tokens offset, n tokens, sentences offset, n sentences, split) of each sample. too_short: documents that gave
-    no sample.
+    no sample. replaced: documents with U+FFFD, which stands for what could not be decoded, here or earlier.
     """
 
     entry: ShardEntry
@@ -53,6 +54,7 @@ class ShardRecord(Section):
     words: int
     tokens: int
     too_short: int
+    replaced: int = 0
     rows: tuple[tuple[int, int, int, int, int], ...]
 
 
@@ -66,7 +68,7 @@ def write_shard(folder: Path, unit: Unit, tokenizer: TextTokenizer, max_length: 
     dtype = token_dtype(tokenizer.vocab_size)
     content = io.BytesIO()
     rows: list[tuple[int, int, int, int, int]] = []
-    words = too_short = 0
+    words = too_short = replaced = 0
     with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for document in unit.documents:
             parts = list(sentences(clean(document)))
@@ -80,6 +82,7 @@ def write_shard(folder: Path, unit: Unit, tokenizer: TextTokenizer, max_length: 
                 sentences_at = _add(tar, f"{key}.sentences.npy", npy_bytes(starts.astype(np.int32)))
                 rows.append((tokens_at, len(tokens), sentences_at, len(starts), split))
             too_short += len(rows) == before
+            replaced += REPLACEMENT in text
     body = content.getvalue()
     write_atomic(folder / unit.file, body)
     entry = ShardEntry(
@@ -92,7 +95,13 @@ def write_shard(folder: Path, unit: Unit, tokenizer: TextTokenizer, max_length: 
     )
     n_tokens = sum(row[1] for row in rows)
     record = ShardRecord(
-        entry=entry, digest=unit.digest, words=words, tokens=n_tokens, too_short=too_short, rows=tuple(rows)
+        entry=entry,
+        digest=unit.digest,
+        words=words,
+        tokens=n_tokens,
+        too_short=too_short,
+        replaced=replaced,
+        rows=tuple(rows),
     )
     write_atomic(record_path(folder, unit.file), record.model_dump_json().encode())
 

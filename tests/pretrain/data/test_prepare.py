@@ -324,6 +324,20 @@ def test_what_an_orphan_leaves_late_is_deleted(
     assert fingerprints(tmp_path / "out") == fingerprints(prepared)
 
 
+def test_documents_that_were_decoded_wrongly_are_counted_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [b"The caf\xe9 at the river was full of people.", "Once \ufffd before, and now again \ufffd.".encode()]
+    lines += [f"Nothing is wrong with line {number}, or with any other.".encode() for number in range(20)]
+    (tmp_path / "a.txt").write_bytes(b"\n\n".join(lines))
+    (tmp_path / "b.txt").write_bytes(b"\n\n".join(lines[2:]))
+    given = [f"{name}=text:{tmp_path / name}.txt" for name in "ab"]
+    manifest = prepare(tmp_path / "out", given, train_vocab=300)
+    told = [line for line in capsys.readouterr().err.splitlines() if "U+FFFD" in line]
+    assert told == ["source a: 2 documents hold U+FFFD, text that was decoded wrongly; they are kept"]
+    assert [(source.documents, source.skipped) for source in manifest.sources] == [(22, {}), (20, {})]
+
+
 def test_a_folder_that_another_process_has_just_locked_is_left_alone(arguments: dict, tmp_path: Path) -> None:
     """It has not yet written what it prepares; another plan must not take that place."""
     parts = tmp_path / "out" / "parts"
