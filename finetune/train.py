@@ -188,8 +188,8 @@ def read_data(settings: TuneConfig, bundle: Bundle) -> Data:
 def assemble(settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data) -> tuple[SampleStream, ObjectiveModule]:
     """The stream of training samples and the module to train."""
     description = bundle.description
-    classes = description.model.length_classes
-    objective = objectives.build(runner.objective, description.ids, bundle.tokenizer.word_starts, classes)
+    starts = bundle.tokenizer.word_starts
+    objective = objectives.build(runner.objective, description.ids, starts, description.model)
     batch = BatchSize(**settings.batch.model_dump())
     stream = SampleStream(
         data.train, objective, seed=settings.seed, batch=batch, valid=data.valid, workers=settings.workers

@@ -76,7 +76,7 @@ def build_module(settings: RunConfig, dataset: ShardDataset) -> ObjectiveModule:
     """
     tokenizer = dataset.tokenizer
     ids = tokenizer.ids
-    objective = objectives.build(settings.objective, ids, tokenizer.word_starts, settings.model.length_classes)
+    objective = objectives.build(settings.objective, ids, tokenizer.word_starts, settings.model)
     rng.seed(settings.seed)
     try:
         model = EncoderDecoder(settings.model, ids, settings.engine.activation_checkpointing, settings.engine.backend)

@@ -83,8 +83,9 @@ def text_samples(run: Run, dataset: ShardDataset) -> Hook | None:
 def masks(run: Run, dataset: ShardDataset) -> dict[str, np.ndarray]:
     """Pictures of who reads whom in a sample from the middle of the data, cut short."""
     objective, tokenizer = run.engine.module.objective, dataset.tokenizer
-    tokens_N = dataset.tokens(len(dataset.lengths) // 2)[:PICTURED]
-    example = objective.corrupt(tokens_N, sample_rng(FIXED_SEED, 0))
+    middle = len(dataset.lengths) // 2
+    tokens_N, sentences = dataset.tokens(middle)[:PICTURED], dataset.sentences(middle)
+    example = objective.corrupt(tokens_N, sentences[sentences < PICTURED], sample_rng(FIXED_SEED, 0))
     drawn = mask_pictures(objective.collate([example]), tokenizer.ids, partial(readable, tokenizer))
     return {f"masks/{name}": image_HWC for name, image_HWC in drawn.items()}
 

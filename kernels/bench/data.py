@@ -68,7 +68,7 @@ def _loader(dataset: ShardDataset) -> Row:
 def _stream(dataset: ShardDataset, workers: int) -> SampleStream:
     tokenizer = dataset.tokenizer
     ids = tokenizer.ids
-    objective = build({"name": "janus"}, ids, tokenizer.word_starts, ModelConfig().length_classes)
+    objective = build({"name": "janus"}, ids, tokenizer.word_starts, ModelConfig())
     batch = BatchSize(samples=None, tokens=MICRO_TOKENS, micro_max_tokens=MICRO_TOKENS)
     return SampleStream(ShardCorpus(dataset, "train"), objective, seed=1, batch=batch, workers=workers)
 

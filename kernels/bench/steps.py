@@ -65,8 +65,8 @@ def janus_rows() -> list[Row]:
     torch.manual_seed(0)
     given = examples([LENGTH] * SAMPLES, np.random.default_rng(0))
     model = EncoderDecoder(CONFIG, IDS).train()
-    janus = build({"name": "janus"}, IDS, None, CONFIG.length_classes)
-    denoise = build({"name": "denoise", "ar_layout": "bos_first"}, IDS, None, CONFIG.length_classes)
+    janus = build({"name": "janus"}, IDS, None, CONFIG)
+    denoise = build({"name": "denoise", "ar_layout": "bos_first"}, IDS, None, CONFIG)
     packed, plain = janus.collate(given), denoise.collate(given)
 
     precise = EncoderDecoder(CONFIG, IDS).double().train()
@@ -112,7 +112,7 @@ def padded_row() -> Row:
     longest = max(lengths)
     fill = sum(lengths) / (longest * len(lengths))
     model = EncoderDecoder(CONFIG, IDS).train()
-    denoise = build({"name": "denoise", "ar_layout": "bos_first"}, IDS, None, CONFIG.length_classes)
+    denoise = build({"name": "denoise", "ar_layout": "bos_first"}, IDS, None, CONFIG)
     batch = denoise.collate(given)
     padded = _padded(given, longest)
     count = batch.term_counts[0]

@@ -45,7 +45,7 @@ def handoff(run_dir: str | Path, out: str | Path) -> Path:
     check_replaceable(Path(out), provenance)
     tokenizer = read_tokenizer(data, manifest)
     ids = tokenizer.ids
-    objective = objectives.build(config.objective, ids, tokenizer.word_starts, config.model.length_classes)
+    objective = objectives.build(config.objective, ids, tokenizer.word_starts, config.model)
     modes = cast(tuple[Mode, ...], tuple(objective.modes))
     description = Description(
         config.model,

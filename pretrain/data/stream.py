@@ -56,13 +56,10 @@ class ShardCorpus:
         """Target tokens of a sample, with BOS and EOS."""
         return int(self.dataset.lengths[self._ids[source][index]]) + 2
 
-    def tokens(self, source: int, index: int) -> np.ndarray:
-        """Tokens of a sample, int32 [N]."""
-        return self.dataset.tokens(int(self._ids[source][index]))
-
     def example(self, source: int, index: int, rng: np.random.Generator, objective: Objective) -> Example:
         """The sample after `objective.corrupt`."""
-        return objective.corrupt(self.tokens(source, index), rng)
+        number = int(self._ids[source][index])
+        return objective.corrupt(self.dataset.tokens(number), self.dataset.sentences(number), rng)
 
 
 class SampleStream:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.config import Section, choose
+from pretrain.config import ModelConfig, Section, choose
 from pretrain.models.ids import SpecialIds
 from pretrain.objectives.base import Example, LossSums, Objective, ObjectiveModule, Preview
 from pretrain.objectives.cmlm import Cmlm, CmlmOptions
@@ -21,18 +21,16 @@ REGISTRY: dict[str, tuple[type[Section], Callable[..., Objective]]] = {
 }
 
 
-def build(
-    options: Mapping[str, Any], ids: SpecialIds, word_starts: np.ndarray | None, length_classes: int
-) -> Objective:
+def build(options: Mapping[str, Any], ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig) -> Objective:
     """Makes the objective that `options["name"]` names.
 
     Args:
         options: the `objective` section of a configuration.
         word_starts: bool [vocabulary], True where a token begins a word; None if the tokenizer cannot tell.
-        length_classes: classes of the model's length predictor; longer targets fall into the last.
+        model: shape of the model that is trained: its layers, and the classes of its length predictor.
 
     Raises:
         ConfigError: if the name or an option is unknown or out of range.
     """
     chosen, make = choose(REGISTRY, options, "objective")
-    return make(chosen, ids, word_starts, length_classes)
+    return make(chosen, ids, word_starts, model)

@@ -62,8 +62,11 @@ class Objective(Protocol):
     layout: ArLayout
     modes: Sequence[str]
 
-    def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> Example:
-        """tokens: int [N], a text without special ids. Pure function of (tokens, rng); runs in a worker."""
+    def corrupt(self, tokens: np.ndarray, sentences: np.ndarray, rng: np.random.Generator) -> Example:
+        """A text made harder; a pure function of its arguments that runs in a worker.
+
+        tokens: int [N], without special ids. sentences: int [.], where each sentence begins; the first at 0.
+        """
         ...
 
     def corrupt_pair(self, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> Example:

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from pretrain.config import Rate, Section
+from pretrain.config import ModelConfig, Rate, Section
 from pretrain.models.encoder_decoder import EncoderDecoder
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, nar
@@ -32,13 +32,13 @@ class CmlmOptions(Section):
 class Cmlm:
     """The objective on packed rows; terms: nar, length."""
 
-    def __init__(self, options: CmlmOptions, ids: SpecialIds, word_starts: np.ndarray | None, length_classes: int):
-        self.options, self.ids, self.word_starts, self.length_classes = options, ids, word_starts, length_classes
+    def __init__(self, options: CmlmOptions, ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig):
+        self.options, self.ids, self.word_starts, self.model = options, ids, word_starts, model
         self.weights: Mapping[str, float] = {"nar": 1.0, "length": options.length_weight}
         self.layout = ArLayout.aligned("bos_first", ids)
         self.modes: Sequence[str] = ("nar",)
 
-    def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> Example:
+    def corrupt(self, tokens: np.ndarray, sentences: np.ndarray, rng: np.random.Generator) -> Example:
         example = corrupt_text(tokens, self.options.corruption, self.ids, self.word_starts, rng)
         return self.corrupt_pair(example.source, example.target, rng)
 
@@ -56,7 +56,7 @@ class Cmlm:
                 samples.append(SampleStreams([stream], [example.masked], []))
             else:
                 samples.append(SampleStreams([], [], []))
-        return pack_batch(examples, samples, source, len(CE_TERMS), 1, self.length_classes)
+        return pack_batch(examples, samples, source, len(CE_TERMS), 1, self.model.length_classes)
 
     def counts(self, batch: TokenBatch) -> dict[str, int]:
         return {"nar": batch.term_counts[0], "length": batch.n_samples}

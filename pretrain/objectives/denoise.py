@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from pretrain.config import Rate, Section
+from pretrain.config import ModelConfig, Rate, Section
 from pretrain.models.encoder_decoder import EncoderDecoder
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, causal
@@ -32,13 +32,13 @@ class DenoiseOptions(Section):
 class Denoise:
     """The objective on packed rows; terms: ar, length."""
 
-    def __init__(self, options: DenoiseOptions, ids: SpecialIds, word_starts: np.ndarray | None, length_classes: int):
-        self.options, self.ids, self.word_starts, self.length_classes = options, ids, word_starts, length_classes
+    def __init__(self, options: DenoiseOptions, ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig):
+        self.options, self.ids, self.word_starts, self.model = options, ids, word_starts, model
         self.weights: Mapping[str, float] = {"ar": 1.0, "length": options.length_weight}
         self.layout = ArLayout.aligned(options.ar_layout, ids)
         self.modes: Sequence[str] = ("causal",)
 
-    def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> Example:
+    def corrupt(self, tokens: np.ndarray, sentences: np.ndarray, rng: np.random.Generator) -> Example:
         return corrupt_text(tokens, self.options.corruption, self.ids, self.word_starts, rng)
 
     def corrupt_pair(self, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> Example:
@@ -50,7 +50,7 @@ class Denoise:
         for index, example in enumerate(examples):
             stream = causal(example.target, source.memory_range(index), self.layout, term=0)
             samples.append(SampleStreams([stream], [np.arange(self.layout.shift, len(example.target))], []))
-        return pack_batch(examples, samples, source, len(CE_TERMS), 1, self.length_classes)
+        return pack_batch(examples, samples, source, len(CE_TERMS), 1, self.model.length_classes)
 
     def counts(self, batch: TokenBatch) -> dict[str, int]:
         return {"ar": batch.term_counts[0], "length": batch.n_samples}

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pretrain.config import Fraction, Positive, Rate, Section
+from pretrain.config import Fraction, ModelConfig, Positive, Rate, Section
 from pretrain.models.encoder_decoder import EncoderDecoder
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, ar_two_stream, nar_aux
@@ -117,15 +117,15 @@ class JanusOptions(Section):
 class Janus:
     """The objective on packed rows."""
 
-    def __init__(self, options: JanusOptions, ids: SpecialIds, word_starts: np.ndarray | None, length_classes: int):
-        self.options, self.ids, self.word_starts, self.length_classes = options, ids, word_starts, length_classes
+    def __init__(self, options: JanusOptions, ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig):
+        self.options, self.ids, self.word_starts, self.model = options, ids, word_starts, model
         self.weights: Mapping[str, float] = options.weights.model_dump()
         aligned = ArLayout.aligned(options.ar_layout, ids)
         offset = options.ar_query_position_offset
         self.layout = aligned if offset is None else ArLayout(options.ar_layout, offset, ids)
         self.modes: Sequence[str] = ("ar", "nar")
 
-    def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> Example:
+    def corrupt(self, tokens: np.ndarray, sentences: np.ndarray, rng: np.random.Generator) -> Example:
         """Spans hidden in the decoder, some of them in the encoder too (JANUS, section 3.3)."""
         return corrupt_text(tokens, self.options.corruption, self.ids, self.word_starts, rng)
 
@@ -144,7 +144,7 @@ class Janus:
             self._streams(example, source.memory_range(index), source.memory_range(last + index))
             for index, example in enumerate(examples)
         ]
-        return pack_batch(examples, samples, source, len(CE_TERMS), len(CE_TERMS), self.length_classes)
+        return pack_batch(examples, samples, source, len(CE_TERMS), len(CE_TERMS), self.model.length_classes)
 
     def counts(self, batch: TokenBatch) -> dict[str, int]:
         own = dict(zip(CE_TERMS, batch.term_counts, strict=True))

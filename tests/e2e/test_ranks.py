@@ -35,7 +35,7 @@ def train(world: World, kinds: list[tuple[str, int]]) -> dict[str, Any]:
     found = {}
     for kind, stage in kinds:
         torch.manual_seed(0)
-        objective = build_objective({"name": "janus", "weights": {"length": 0.1}}, IDS, None, 24)
+        objective = build_objective({"name": "janus", "weights": {"length": 0.1}}, IDS, None, SHAPE)
         module = ObjectiveModule(EncoderDecoder(SHAPE, IDS), objective)
         engine = build(EngineConfig(kind=kind, zero_stage=stage), OPTIM, module, world)  # type: ignore[arg-type]
         curve = []

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from finetune import runners
 from finetune.generate import batches, without_repeats
 from pretrain.bundles.description import Description, Mode
+from pretrain.config import ModelConfig
 from pretrain.errors import ConfigError
 from pretrain.models.patterns import ArLayout
 from pretrain.objectives import Example, ObjectiveModule, build
@@ -45,7 +46,7 @@ def test_a_runner_trains_its_mode_alone(
 ) -> None:
     layout = ArLayout("bos_first", 0, IDS) if "ar" in modes else ArLayout.aligned("eos_first", IDS)
     made = runners.build({"name": runner}, description(modes, layout))
-    objective = build(made.objective, IDS, None, 32)
+    objective = build(made.objective, IDS, None, ModelConfig(length_classes=32))
     assert made.modes == tuned and (runner == "nar" or objective.layout == layout)
     target = np.array([IDS.bos, 7, 8, 9, 10, IDS.eos])
     example = objective.corrupt_pair(target, target, np.random.default_rng(0))

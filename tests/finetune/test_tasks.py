@@ -11,6 +11,7 @@ from finetune.corpus import PairCorpus
 from finetune.tasks import SPLITS, Pair
 from finetune.tasks.pairs import read_lines
 from finetune.tasks.stdlib_summaries import pair_of
+from pretrain.config import ModelConfig
 from pretrain.data.tokenizer import train_bpe
 from pretrain.errors import ConfigError, DataError
 from pretrain.models import SpecialIds
@@ -89,7 +90,7 @@ def test_pairs_become_examples() -> None:
     pairs = [Pair("hello <mask>", "world"), Pair("abcdefghij" * 4, "xy"), Pair("long target", "0123456789" * 3)]
     corpus = PairCorpus(pairs, tokenizer, ids, max_source=20, max_target=24)
     assert (corpus.sizes, corpus.cut, corpus.left_out) == ([2], 1, 1)
-    objective = build({"name": "cmlm"}, ids, None, 32)
+    objective = build({"name": "cmlm"}, ids, None, ModelConfig(length_classes=32))
     first, second = (corpus.example(0, index, np.random.default_rng(0), objective) for index in (0, 1))
     assert tokenizer.decode(first.source) == "hello <mask>" and ids.mask not in first.source
     assert tokenizer.decode(first.target) == "world"

@@ -21,7 +21,7 @@ def listed(folder: str) -> list[Path]:
 @pytest.mark.parametrize("path", listed("pretrain"), ids=lambda path: path.name)
 def test_pretrain_configs_load_and_round_trip(path, tmp_path):
     config = load(RunConfig, path)
-    objectives.build(config.objective, IDS, None, config.model.length_classes)
+    objectives.build(config.objective, IDS, None, config.model)
     (tmp_path / "again.yaml").write_text(dump(config))
     assert load(RunConfig, tmp_path / "again.yaml") == config
 

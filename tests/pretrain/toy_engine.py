@@ -62,7 +62,7 @@ class ToyObjective:
 
     weights: Mapping[str, float] = {"ce": 1.0, "penalty": 0.1}
 
-    def corrupt(self, tokens: Any, rng: Any) -> Any:
+    def corrupt(self, tokens: Any, sentences: Any, rng: Any) -> Any:
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Any]) -> ToyBatch:

@@ -68,7 +68,10 @@ def test_step_0_has_barts_logits_on_the_content_stream(objective, dtype, place, 
     settings = complete_config(settings, dataset)
     module = build_module(settings, dataset).to(dtype).eval()
     model, objective = module.model, module.objective
-    examples = [objective.corrupt(dataset.tokens(number), np.random.default_rng(number)) for number in range(5)]
+    examples = [
+        objective.corrupt(dataset.tokens(number), dataset.sentences(number), np.random.default_rng(number))
+        for number in range(5)
+    ]
     batch = objective.collate(examples)
     contents = [objective.layout.content(example.target) for example in examples]
     theirs = transformers.BartForConditionalGeneration.from_pretrained(place / "hf").to(dtype).eval()

@@ -21,14 +21,14 @@ from pretrain.engine import build
 from pretrain.models import EncoderDecoder, layers
 from pretrain.objectives import ObjectiveModule
 from tests.distributed_helper import run_ranks
-from tests.pretrain.objectives.cases import IDS, VOCAB, examples, tiny_model, unit_scale
+from tests.pretrain.objectives.cases import IDS, SHAPE, VOCAB, WHOLE, examples, tiny_model, unit_scale
 
 NAMES = ("janus", "cmlm", "denoise")
 FEW = OptimConfig(lr=0.01)
 
 
 def objective_of(name, **options):
-    return objectives.build({"name": name, **options}, IDS, None, 24)
+    return objectives.build({"name": name, **options}, IDS, None, SHAPE)
 
 
 def counted(step):
@@ -115,7 +115,7 @@ def test_activations_are_what_autograd_saves(name, shape, checkpointing):
         }
     )  # fmt: skip
     model, objective, rng = EncoderDecoder(config, IDS, checkpointing), objective_of(name), np.random.default_rng(0)
-    batch = objective.collate([objective.corrupt(rng.integers(5, 200, n), rng) for n in (64, 54, 34, 60)])
+    batch = objective.collate([objective.corrupt(rng.integers(5, 200, n), WHOLE, rng) for n in (64, 54, 34, 60)])
     weights = {value.untyped_storage().data_ptr() for value in model.state_dict(keep_vars=True).values()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -187,7 +187,9 @@ def test_the_worst_moment_of_an_update_is_near_the_estimate(precision, tmp_path)
     rng = np.random.default_rng(0)
     config, module, engine = engine_of(World(0, 1, 0, torch.device("cpu")), "local", 0, precision)
     model = module.model.config
-    batch = module.objective.collate([module.objective.corrupt(rng.integers(5, 2000, 30), rng) for _ in range(24)])
+    batch = module.objective.collate(
+        [module.objective.corrupt(rng.integers(5, 2000, 30), WHOLE, rng) for _ in range(24)]
+    )
     scale = unit_scale(module.objective, batch)
     engine.accumulate([batch], scale)
     engine.step(0.01)

@@ -42,7 +42,7 @@ class Trace:
 class TraceObjective:
     weights: Mapping[str, float] = {"trace": 1.0}
 
-    def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> Example:
+    def corrupt(self, tokens: np.ndarray, sentences: np.ndarray, rng: np.random.Generator) -> Example:
         target = np.concatenate([[0], tokens, [2]]).astype(np.int64)
         return Example(rng.integers(0, 2**60, 1), target, np.empty(0, np.int64))
 
@@ -67,7 +67,9 @@ class CountingCorpus:
     def example(self, source: int, index: int, rng: np.random.Generator, objective: Any) -> Example:
         if index == self.fail_at:
             raise DataError("shard `x-000003.tar` ends too early")
-        return objective.corrupt(np.full(self.length(source, index) - 2, 1000 * source + index), rng)
+        return objective.corrupt(
+            np.full(self.length(source, index) - 2, 1000 * source + index), np.zeros(1, np.int32), rng
+        )
 
 
 def stream(workers: int = 0, **batch: Any) -> SampleStream:

@@ -8,14 +8,14 @@ from pretrain.models import SourceRows, reference
 from pretrain.models.golden import golden
 from pretrain.models.patterns import ArLayout
 from pretrain.objectives import build
-from tests.pretrain.objectives.cases import IDS, examples, loss_and_gradients, tiny_model, unit_scale
+from tests.pretrain.objectives.cases import IDS, SHAPE, examples, loss_and_gradients, tiny_model, unit_scale
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "pre"}, {"positions": "sinusoidal", "activation": "relu"}])
 @pytest.mark.parametrize("name", ["denoise", "cmlm"])
 def test_single_stream_patterns_equal_the_padded_definition(changes, name):
     model, given = tiny_model(**changes), [e for e in examples() if len(e.masked)]
-    objective = build({"name": name}, IDS, None, 24)
+    objective = build({"name": name}, IDS, None, SHAPE)
     batch = objective.collate(given)
     packed = model.logits(model.decode(batch.rows, model.encode(batch.source)))
 
@@ -47,7 +47,7 @@ def test_tied_weights_are_one_parameter():
 
 
 def test_activation_checkpointing_changes_nothing():
-    given, janus = examples(), build({"name": "janus"}, IDS, None, 24)
+    given, janus = examples(), build({"name": "janus"}, IDS, None, SHAPE)
     batch = janus.collate(given)
     runs = []
     for checkpointing in (False, True):
@@ -72,7 +72,7 @@ def test_length_predictor_reads_only_its_own_source():
 def test_pad_row_starts_at_zero_and_masks_are_reused_across_layers():
     model = tiny_model()
     assert not model.shared.weight[IDS.pad].detach().any()
-    batch = build({"name": "janus"}, IDS, None, 24).collate(examples())
+    batch = build({"name": "janus"}, IDS, None, SHAPE).collate(examples())
     assert batch.rows.self_mask.groups is batch.rows.self_mask.groups
 
 

@@ -5,7 +5,7 @@ import torch
 
 from pretrain.models.golden import golden
 from pretrain.objectives import build
-from tests.pretrain.objectives.cases import IDS, examples, tiny_model, unit_scale
+from tests.pretrain.objectives.cases import IDS, SHAPE, examples, tiny_model, unit_scale
 
 OPTIONS = [{"positions": "sinusoidal"}, {"logits_bias": True}, {"positions": "sinusoidal", "norm": "pre"}, {}]
 
@@ -30,7 +30,7 @@ def test_losses_gradients_and_previews(dtype, allowed, everything, name, changes
         for one in (model, exact):
             one.head.bias_V.copy_(torch.linspace(-1, 1, len(one.head.bias_V)))
     exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
-    objective = build({"name": name}, IDS, None, 24)
+    objective = build({"name": name}, IDS, None, SHAPE)
     batch = objective.collate(examples())
     scale = unit_scale(objective, batch)
     totals = []
@@ -51,7 +51,7 @@ def test_losses_gradients_and_previews(dtype, allowed, everything, name, changes
 def test_logits_of_every_mode(changes):
     model, exact = in_16_bits(torch.bfloat16, False, changes), tiny_model(**changes)
     exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
-    layout = build({"name": "janus"}, IDS, None, 24).layout
+    layout = build({"name": "janus"}, IDS, None, SHAPE).layout
     ours, theirs = (golden(one, layout, ("ar", "nar", "causal")) for one in (model, exact))
     for name, value in theirs.items():
         assert (ours[name].double() - value).norm() <= 0.05 * value.double().norm(), name

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain.objectives import build
-from tests.pretrain.objectives.cases import IDS, tiny_model, unit_scale
+from tests.pretrain.objectives.cases import IDS, SHAPE, WHOLE, tiny_model, unit_scale
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 STEPS, SAMPLES = 20, 4
@@ -24,12 +24,12 @@ def synthetic_text(rng):
 
 def curve(name):
     rng = np.random.default_rng(11)
-    objective = build({"name": name, **({"weights": {"length": 0.1}} if name == "janus" else {})}, IDS, None, 24)
+    objective = build({"name": name, **({"weights": {"length": 0.1}} if name == "janus" else {})}, IDS, None, SHAPE)
     model = tiny_model(seed=5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
     losses = []
     for _ in range(STEPS):
-        batch = objective.collate([objective.corrupt(synthetic_text(rng), rng) for _ in range(SAMPLES)])
+        batch = objective.collate([objective.corrupt(synthetic_text(rng), WHOLE, rng) for _ in range(SAMPLES)])
         optimizer.zero_grad()
         total, _ = objective.losses(model, batch, unit_scale(objective, batch))
         total.backward()

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from pretrain.objectives import Example, build, janus_reference
-from tests.pretrain.objectives.cases import IDS, VOCAB, examples, loss_and_gradients, tiny_model, unit_scale
+from tests.pretrain.objectives.cases import IDS, SHAPE, VOCAB, examples, loss_and_gradients, tiny_model, unit_scale
 
 EVERY_TERM = {"ar": 1.0, "nar": 0.7, "aux": 0.9, "kl_ar_aux": 2.0, "kl_nar_aux": 1.5, "kl_ar_nar": 0.5, "length": 0.2}
 WORD_STARTS = np.ones(VOCAB, bool)
 
 
 def objective(**options):
-    return build({"name": "janus", "weights": EVERY_TERM, **options}, IDS, None, 24)
+    return build({"name": "janus", "weights": EVERY_TERM, **options}, IDS, None, SHAPE)
 
 
 def logits(model, janus, given):
@@ -74,7 +74,7 @@ def test_first_aux_row_equals_the_first_nar_row():
 
 def test_nar_rows_do_not_know_of_the_aux_pattern():
     model, given = tiny_model(), [e for e in examples() if len(e.masked)]
-    cmlm = build({"name": "cmlm"}, IDS, None, 24)
+    cmlm = build({"name": "cmlm"}, IDS, None, SHAPE)
     batch = cmlm.collate(given)
     alone = model.logits(model.decode(batch.rows, model.encode(batch.source)))
     torch.testing.assert_close(torch.cat(logits(model, objective(), given)[1]), alone, rtol=0, atol=1e-12)
@@ -111,7 +111,8 @@ def test_dropout_draws_once_or_twice():
 
 def test_presets_differ_where_paper_and_code_do():
     paper, released, pretrain = (
-        build({"name": "janus", "preset": p}, IDS, WORD_STARTS, 24) for p in ("paper", "released", "released_pretrain")
+        build({"name": "janus", "preset": p}, IDS, WORD_STARTS, SHAPE)
+        for p in ("paper", "released", "released_pretrain")
     )
     assert paper.weights == {**EVERY_TERM, "nar": 1.0, "aux": 1.0, "kl_nar_aux": 2.0, "kl_ar_nar": 0.0, "length": 0.0}
     assert released.weights == {
@@ -124,14 +125,14 @@ def test_presets_differ_where_paper_and_code_do():
     assert layouts == [("bos_first", 1), ("bos_first", 0), ("eos_first", 0)]
     assert [one.options.label_smoothing for one in (paper, released, pretrain)] == [0.0, 0.1, 0.0]
     assert [one.options.share_encoder for one in (paper, released, pretrain)] == [True, False, False]
-    mixed = build({"name": "janus", "preset": "released", "weights": {"aux": 2.0}}, IDS, None, 24)
+    mixed = build({"name": "janus", "preset": "released", "weights": {"aux": 2.0}}, IDS, None, SHAPE)
     assert (mixed.weights["aux"], mixed.weights["kl_ar_aux"]) == (2.0, 3.0)
 
 
 def test_a_preset_corrupts_as_the_code_it_names():
     # The translation code knows no corruption of texts, the pre-training code has one of its own.
     paper, released, pretrain = (
-        build({"name": "janus", "preset": p}, IDS, WORD_STARTS, 24).options
+        build({"name": "janus", "preset": p}, IDS, WORD_STARTS, SHAPE).options
         for p in ("paper", "released", "released_pretrain")
     )
     assert released.corruption == paper.corruption
@@ -145,7 +146,7 @@ def test_a_preset_corrupts_as_the_code_it_names():
 
 def test_released_pretraining_divides_every_sum_by_the_target_tokens():
     model, given = tiny_model(), examples()
-    janus = build({"name": "janus", "preset": "released_pretrain"}, IDS, WORD_STARTS, 24)
+    janus = build({"name": "janus", "preset": "released_pretrain"}, IDS, WORD_STARTS, SHAPE)
     batch = janus.collate(given)
     tokens = sum(len(e.target) for e in given)  # the rotated layout predicts BOS as well
     assert {v for k, v in janus.counts(batch).items() if k != "length"} == {tokens}

@@ -59,7 +59,7 @@ def examples(golden):
 
 @pytest.fixture(scope="module")
 def objective():
-    return build({"name": "janus", "preset": "released"}, IDS, None, CONFIG.length_classes)
+    return build({"name": "janus", "preset": "released"}, IDS, None, CONFIG)
 
 
 def scales(objective, batch):

@@ -16,14 +16,14 @@ from pretrain.watch import pictures
 from pretrain.watch.cosine import GradientCosine, check
 from pretrain.watch.pictures import CELL, COLOURS, INK, WHITE, mask_pictures
 from tests.distributed_helper import run_ranks
-from tests.pretrain.objectives.cases import IDS, examples, tiny_model, unit_scale
+from tests.pretrain.objectives.cases import IDS, SHAPE, examples, tiny_model, unit_scale
 from tests.pretrain.test_hooks import report
 
 CPU = World(0, 1, 0, torch.device("cpu"))
 
 
 def objective_of(name, **options):
-    return objectives.build({"name": name, **options}, IDS, None, 24)
+    return objectives.build({"name": name, **options}, IDS, None, SHAPE)
 
 
 def read_back(image, colours, rows, keys):
