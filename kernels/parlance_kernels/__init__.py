@@ -1,12 +1,14 @@
-"""Parlance's operators: what a row may see (`SampleMask`), attention under it, and the fused vocabulary loss.
+"""Parlance's operators: what a row may see (`SampleMask`), attention under it, early exits, and the fused
+vocabulary loss.
 
 Every operator has its definition in `reference.py` beside `op.py`; tests hold them equal. The backend is
 chosen once by `backend.resolve` and passed explicitly: there is no silent fallback.
 """
 
 from parlance_kernels.backend import available_backends, resolve
+from parlance_kernels.exit_copy.op import exit_copy
 from parlance_kernels.sample_attention.mask import SampleMask
 from parlance_kernels.sample_attention.op import sample_attention
 from parlance_kernels.vocab_loss.op import vocab_loss
 
-__all__ = ["SampleMask", "available_backends", "resolve", "sample_attention", "vocab_loss"]
+__all__ = ["SampleMask", "available_backends", "exit_copy", "resolve", "sample_attention", "vocab_loss"]

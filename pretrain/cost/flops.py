@@ -44,22 +44,20 @@ class Flops:
 def batch_flops(config: ModelConfig, batch: TokenBatch) -> Flops:
     """Operations of the forward over one packed micro-batch; additive over the samples."""
     source, rows = batch.source, batch.rows
-    width, inner = config.d_model, config.decoder_layers - 1
+    width = config.d_model
     projection, feed_forward = 2 * width * width, 4 * width * config.ffn_dim
-    n_source, n_rows, n_used = source.mask.n_rows, rows.self_mask.n_rows, len(rows.out_L)
+    n_source, layers = source.mask.n_rows, rows.work(config.decoder_layers)
 
     # A decoder row has queries and outputs of two attentions; keys and values belong to keys and memory rows.
-    computed = inner * n_rows + n_used
-    per_layer = 2 * projection * (rows.n_keys + n_source)
+    decoder = sum(w.rows * (4 * projection + feed_forward) + 2 * projection * (w.keys + n_source) for w in layers)
     pairs = config.encoder_layers * source.mask.visible_pairs()
-    pairs += inner * (rows.self_mask.visible_pairs() + rows.cross_mask.visible_pairs())
-    pairs += rows.out_self_mask.visible_pairs() + rows.out_cross_mask.visible_pairs()
+    pairs += sum(w.self_mask.visible_pairs() + w.cross_mask.visible_pairs() for w in layers)
     vocabulary = config.vocab_size or 0
     return Flops(
         encoder=config.encoder_layers * n_source * (4 * projection + feed_forward),
-        decoder=computed * (4 * projection + feed_forward) + config.decoder_layers * per_layer,
+        decoder=decoder,
         attention=4 * width * pairs,
-        heads=2 * width * (n_used * vocabulary + source.n_samples * config.length_classes),
+        heads=2 * width * (len(rows.out_L) * vocabulary + source.n_samples * config.length_classes),
     )
 
 

@@ -22,6 +22,7 @@ from parlance_kernels.vocab_loss.op import CHUNK_ROWS
 from pretrain.config import EngineConfig, ModelConfig
 from pretrain.engine.deepspeed import BUCKET
 from pretrain.engine.state import KEYS
+from pretrain.models.rows import LayerWork
 from pretrain.objectives.batch import TokenBatch
 from pretrain.rng import WORDS
 
@@ -98,7 +99,7 @@ def activation_bytes(
     """
     width, low = config.d_model, FULL if precision == "fp32" else 2
     source, rows = batch.source, batch.rows
-    n_source, n_rows, dropped = source.mask.n_rows, rows.self_mask.n_rows, float(config.dropout > 0)
+    n_source, n_rows, dropped = source.mask.n_rows, len(rows.tokens_R), float(config.dropout > 0)
     if device != "cpu":
         dropped /= low  # a GPU keeps a byte for each number, a CPU the factor itself
 
@@ -106,20 +107,19 @@ def activation_bytes(
         on = config.attention_dropout > 0 and device == "cpu"
         return DROPPED_SCORES * config.heads * sum(_extent(mask) for mask in masks) if on else 0.0
 
-    def decoder_layer(computed: int, self_mask: SampleMask, cross_mask: SampleMask) -> float:
-        floats = computed * (12 * width + 2 * config.ffn_dim + 3 * width * dropped)
-        return floats + 2 * width * (_copied(self_mask) + _copied(cross_mask)) + scores(self_mask, cross_mask)
+    def decoder_layer(work: LayerWork) -> float:
+        floats = work.rows * (12 * width + 2 * config.ffn_dim + 3 * width * dropped)
+        masks = work.self_mask, work.cross_mask
+        return floats + 2 * width * sum(map(_copied, masks)) + scores(*masks)
 
     encoder = n_source * (9 * width + 2 * config.ffn_dim + 2 * width * dropped) + scores(source.mask)
-    inner = decoder_layer(n_rows, rows.self_mask, rows.cross_mask)
-    last = decoder_layer(len(rows.out_L), rows.out_self_mask, rows.out_cross_mask)
+    decoder = [decoder_layer(work) for work in rows.work(config.decoder_layers)]
     kept = (n_source + n_rows) * width * (1 + dropped) + (n_source + n_rows) * width
-    layers = (config.encoder_layers, config.decoder_layers - 1)
     if checkpointing:
-        inputs = layers[0] * n_source + config.decoder_layers * n_rows
-        floats = kept + inputs * width + max(encoder, inner if layers[1] else 0.0, last)
+        inputs = config.encoder_layers * n_source + config.decoder_layers * n_rows
+        floats = kept + inputs * width + max(encoder, *decoder)
     else:
-        floats = kept + layers[0] * encoder + layers[1] * inner + last
+        floats = kept + config.encoder_layers * encoder + sum(decoder)
     return int(low * floats)
 
 

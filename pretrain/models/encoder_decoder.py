@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from parlance_kernels import resolve, vocab_loss
+from parlance_kernels import exit_copy, resolve, vocab_loss
 from pretrain.config import ModelConfig
+from pretrain.models.exits import ExitRows
 from pretrain.models.ids import SpecialIds
 from pretrain.models.layers import DecoderLayer, EncoderLayer, positions_table
 from pretrain.models.linear import linear
@@ -105,14 +106,31 @@ class EncoderDecoder(nn.Module):
             x_RD = self._run(layer, x_RD, source.mask)
         return self.encoder.layer_norm(x_RD)
 
-    def decode(self, rows: DecoderRows, memory_MD: Tensor) -> Tensor:
-        """h_LD, the decoder's output at the rows that are used."""
+    def decode(self, rows: DecoderRows | ExitRows, memory_MD: Tensor) -> Tensor:
+        """h_LD, the decoder's output at the rows that are used; of `ExitRows`, the states that leave."""
         x_RD = self.decoder.embed(self.shared(rows.tokens_R) * self.scale, rows.positions_R)
+        if isinstance(rows, ExitRows):
+            return self.decoder.layer_norm(self._leave(x_RD, rows, memory_MD))
         *inner, last = self.decoder.layers
         for layer in inner:
             x_RD = self._run(layer, x_RD, rows.n_keys, None, memory_MD, rows.self_mask, rows.cross_mask)
         masks = rows.out_self_mask, rows.out_cross_mask
         return self.decoder.layer_norm(self._run(last, x_RD, rows.n_keys, rows.out_L, memory_MD, *masks))
+
+    def _leave(self, table_UD: Tensor, rows: ExitRows, memory_MD: Tensor) -> Tensor:
+        """Every token's state at the layer where it leaves, from the input of the first layer.
+
+        Each layer runs, also when all have left: the ranks of ZeRO-3 call the same modules in the same order.
+        """
+        left: list[Tensor] = []
+        for layer, plan in zip(self.decoder.layers, rows.layers, strict=True):
+            masks = plan.self_mask, plan.cross_mask
+            out_AD = self._run(layer, table_UD, plan.states, plan.active_A, memory_MD, *masks, plan.key_K)
+            table_UD, left_ND = exit_copy(
+                table_UD, plan.frozen, out_AD, plan.left_N, plan.stays_S, rows.detach, self.backend
+            )
+            left.append(left_ND)
+        return torch.cat(left)
 
     def logits(self, h_LD: Tensor) -> Tensor:
         """[L, V] scores of the next or hidden token."""

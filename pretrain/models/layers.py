@@ -100,10 +100,16 @@ class DecoderLayer(nn.Module):
         memory_MD: Tensor,
         self_mask: SampleMask,
         cross_mask: SampleMask,
+        key_K: Tensor | None = None,
     ) -> Tensor:
-        """Rows out_L (all rows for None) of the layer's output; the first n_keys rows of x are the keys."""
+        """Rows out_L (all rows for None) of the layer's output; the first n_keys rows of x are the keys.
+
+        key_K: the keys that the mask speaks of, as rows of x; None: those n_keys in their order.
+        """
         y_RD = self.self_attn_layer_norm(x_RD) if self.pre_norm else x_RD
         k_KHE, v_KHE = self.self_attn.keys_values(y_RD[:n_keys])
+        if key_K is not None:
+            k_KHE, v_KHE = k_KHE[key_K], v_KHE[key_K]
         if out_L is not None:
             x_RD, y_RD = x_RD[out_L], y_RD[out_L]
         memory = self.encoder_attn.keys_values(memory_MD)

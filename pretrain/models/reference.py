@@ -65,8 +65,8 @@ def decode(
     for layer in model.decoder.layers:
         assert isinstance(layer, DecoderLayer)
         keys = layer.self_attn_layer_norm(h) if layer.pre_norm else h
-        g = None if g is None or query is None else _layer(layer, g, keys, query[2], memory_BSD, real_BS)
-        h = _layer(layer, h, keys, content[2], memory_BSD, real_BS)
+        g = None if g is None or query is None else decoder_layer(layer, g, keys, query[2], memory_BSD, real_BS)
+        h = decoder_layer(layer, h, keys, content[2], memory_BSD, real_BS)
     norm: nn.Module = model.decoder.layer_norm
     return norm(h), None if g is None else norm(g)
 
@@ -77,9 +77,10 @@ def length_logits(model: EncoderDecoder, memory_BSD: Tensor, real_BS: Tensor) ->
     return model.length_head((memory_BSD * weight_BS1).sum(1) / weight_BS1.sum(1))
 
 
-def _layer(
+def decoder_layer(
     layer: DecoderLayer, x: Tensor, keys: Tensor, visible: Tensor, memory_BSD: Tensor, real_BS: Tensor
 ) -> Tensor:
+    """The layer for rows x [B, T, D] over `keys` (the content rows, normalised in pre-norm) and the memory."""
     y = layer.self_attn_layer_norm(x) if layer.pre_norm else x
     x = x + layer.dropout(attend(layer.self_attn, y, keys, visible))
     x = x if layer.pre_norm else layer.self_attn_layer_norm(x)

@@ -5,7 +5,7 @@ Shapes: R rows, M memory rows (encoder output), L rows whose output is used, B s
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,16 @@ from torch import Tensor
 
 from parlance_kernels import SampleMask
 
-RowsT = TypeVar("RowsT", "SourceRows", "DecoderRows")
+RowsT = TypeVar("RowsT", bound=Any)
+
+
+class LayerWork(NamedTuple):
+    """What a decoder layer computes: rows with queries and outputs, keys that it projects, and who reads whom."""
+
+    rows: int
+    keys: int
+    self_mask: SampleMask
+    cross_mask: SampleMask
 
 
 def to_device(rows: RowsT, device: torch.device) -> RowsT:
@@ -71,6 +80,15 @@ class DecoderRows:
     out_L: Tensor
     out_self_mask: SampleMask
     out_cross_mask: SampleMask
+
+    def work(self, layers: int) -> list[LayerWork]:
+        """What each of the decoder's layers computes."""
+        inner = LayerWork(self.self_mask.n_rows, self.n_keys, self.self_mask, self.cross_mask)
+        last = LayerWork(len(self.out_L), self.n_keys, self.out_self_mask, self.out_cross_mask)
+        return [inner] * (layers - 1) + [last]
+
+    def to(self, device: torch.device) -> "DecoderRows":
+        return to_device(self, device)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pretrain.objectives.base import Example, LossSums, Objective, ObjectiveModu
 from pretrain.objectives.cmlm import Cmlm, CmlmOptions
 from pretrain.objectives.denoise import Denoise, DenoiseOptions
 from pretrain.objectives.janus import Janus, JanusOptions
+from pretrain.objectives.lplm import Lplm, LplmOptions
 
 __all__ = ["Example", "LossSums", "Objective", "ObjectiveModule", "Preview", "build"]
 
@@ -18,6 +19,7 @@ REGISTRY: dict[str, tuple[type[Section], Callable[..., Objective]]] = {
     "janus": (JanusOptions, Janus),
     "cmlm": (CmlmOptions, Cmlm),
     "denoise": (DenoiseOptions, Denoise),
+    "lplm": (LplmOptions, Lplm),
 }
 
 

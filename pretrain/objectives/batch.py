@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.models import DecoderRows, EncoderDecoder, SourceRows, Stream, VocabTargets, pack_streams
+from pretrain.models import DecoderRows, EncoderDecoder, ExitRows, SourceRows, Stream, VocabTargets, pack_streams
 from pretrain.models.rows import to_device
 from pretrain.objectives.base import Example, LossSums, Preview
 
@@ -28,7 +28,7 @@ class TokenBatch:
     """
 
     source: SourceRows
-    rows: DecoderRows
+    rows: DecoderRows | ExitRows
     target_L: Tensor
     term_L: Tensor
     tuple_PK: Tensor
@@ -51,7 +51,7 @@ class TokenBatch:
         moved: dict[str, Any] = {
             name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)
         }
-        return replace(self, source=to_device(self.source, device), rows=to_device(self.rows, device), **moved)
+        return replace(self, source=to_device(self.source, device), rows=self.rows.to(device), **moved)
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,27 @@ def pack_batch(
             row_sample[where], row_position[where] = index, positions
         if len(sample.aligned) > 1:
             tuples.append(np.stack([stream.out_start + at for stream, at in sample.aligned], axis=1))
-    n_target = tuple(len(example.target) for example in examples)
     return TokenBatch(
         source=source,
         rows=rows,
         target_L=target_L,
         term_L=term_L,
         tuple_PK=torch.from_numpy(np.concatenate(tuples)),
-        length_B=torch.tensor(n_target, dtype=torch.int64).clamp(max=length_classes - 1),
-        target_T=torch.from_numpy(np.concatenate([*(e.target for e in examples), np.empty(0, np.int64)])),
-        n_target=n_target,
         row_sample_L=torch.from_numpy(row_sample),
         row_position_L=torch.from_numpy(row_position),
         term_counts=tuple(torch.bincount(term_L, minlength=terms).tolist()),
+        **target_fields(examples, length_classes),
     )
+
+
+def target_fields(examples: Sequence[Example], length_classes: int) -> dict[str, Any]:
+    """The fields of a `TokenBatch` that follow from the targets alone."""
+    n_target = tuple(len(example.target) for example in examples)
+    return {
+        "length_B": torch.tensor(n_target, dtype=torch.int64).clamp(max=length_classes - 1),
+        "target_T": torch.from_numpy(np.concatenate([*(e.target for e in examples), np.empty(0, np.int64)])),
+        "n_target": n_target,
+    }
 
 
 def packed_losses(
@@ -126,11 +133,17 @@ def packed_losses(
     )
     total, ce_T, kl_Q = model.head(h_LD, loss)
     sums: LossSums = dict(zip((*ce_terms, *kl_terms), (*ce_T, *kl_Q), strict=True))
+    length_sum = length_loss(model, batch, memory_MD)
+    sums["length"] = length_sum.detach()
+    return total + scale["length"] * length_sum.to(total.dtype), sums
+
+
+def length_loss(model: EncoderDecoder, batch: TokenBatch, memory_MD: Tensor) -> Tensor:
+    """Summed cross-entropy of the length predictor, in float32 or wider."""
     # With the encoder run twice, the second half of the source rows belongs to the NAR and AUX pass.
     length_BN = model.length_logits(memory_MD, batch.source)[-batch.n_samples or len(memory_MD) :]
-    length_sum = F.cross_entropy(length_BN.to(total.dtype), batch.length_B, reduction="sum")
-    sums["length"] = length_sum.detach()
-    return total + scale["length"] * length_sum, sums
+    wide = length_BN.float() if length_BN.dtype.itemsize < 4 else length_BN
+    return F.cross_entropy(wide, batch.length_B, reduction="sum")
 
 
 @torch.no_grad()

@@ -13,20 +13,25 @@ from pretrain.objectives import spans
 from pretrain.objectives.base import Example
 
 
-class Corruption(Section):
-    """encoder_ratio, decoder_ratio: share of tokens (or words) hidden on each side. mean_span: Poisson mean.
+class SpanOptions(Section):
+    """mean_span: Poisson mean, in tokens (or words).
 
     exact: disjoint spans that reach the ratio; false: the released sampler, whose overlaps hide less (26.7 and 14 % for
     ratios of 0.3 and 0.15 with Poisson(3)).
     whole_words: spans begin and end at words. insertions: zero-length spans insert a MASK in the encoder (BART).
     """
 
-    encoder_ratio: Fraction = 0.3
-    decoder_ratio: Fraction = 0.5
     mean_span: Positive = 2.0
     exact: bool = True
     whole_words: bool = False
     insertions: bool = False
+
+
+class Corruption(SpanOptions):
+    """encoder_ratio, decoder_ratio: share of tokens (or words) hidden on each side."""
+
+    encoder_ratio: Fraction = 0.3
+    decoder_ratio: Fraction = 0.5
 
     @model_validator(mode="after")
     def _decoder_hides_more(self) -> "Corruption":
@@ -49,22 +54,28 @@ def corrupt_text(
     tokens: int [N]. word_starts: bool [vocabulary], needed for `whole_words`.
     """
     tokens = tokens.astype(np.int64)
-    draw = spans.disjoint_spans if options.exact else spans.released_spans
-    if options.whole_words:
-        if word_starts is None:
-            raise ValueError("`whole_words` needs a tokenizer that marks word starts, got none")
-        begins = word_starts[tokens]
-        begins[:1] = True
-        drawn = draw(int(begins.sum()), options.decoder_ratio, options.mean_span, rng)
-        hidden = spans.in_words(drawn, begins)
-    else:
-        hidden = draw(len(tokens), options.decoder_ratio, options.mean_span, rng)
+    hidden = draw_spans(tokens, options.decoder_ratio, options, word_starts, rng)
     share = options.encoder_ratio / options.decoder_ratio if options.decoder_ratio else 0.0
     both = rng.random(len(hidden.starts)) < share
     both[hidden.lengths == 0] = options.insertions
     collapsed = spans.infill(tokens, spans.Spans(hidden.starts[both], hidden.lengths[both]), ids.mask)
-    return Example(_enclose(collapsed, ids), _enclose(tokens, ids), hidden.indices() + 1)
+    return Example(enclose(collapsed, ids), enclose(tokens, ids), hidden.indices() + 1)
 
 
-def _enclose(tokens: np.ndarray, ids: SpecialIds) -> np.ndarray:
+def draw_spans(
+    tokens: np.ndarray, ratio: float, how: SpanOptions, word_starts: np.ndarray | None, rng: np.random.Generator
+) -> spans.Spans:
+    """Spans over about `ratio` of the tokens, or of the words that they are."""
+    draw = spans.disjoint_spans if how.exact else spans.released_spans
+    if not how.whole_words:
+        return draw(len(tokens), ratio, how.mean_span, rng)
+    if word_starts is None:
+        raise ValueError("`whole_words` needs a tokenizer that marks word starts, got none")
+    begins = word_starts[tokens]
+    begins[:1] = True
+    return spans.in_words(draw(int(begins.sum()), ratio, how.mean_span, rng), begins)
+
+
+def enclose(tokens: np.ndarray, ids: SpecialIds) -> np.ndarray:
+    """Tokens between BOS and EOS."""
     return np.concatenate([[ids.bos], tokens, [ids.eos]])

@@ -1,0 +1,221 @@
+"""LPLM, ELMER's pre-training: all tokens at once, each from the decoder layer that a permutation gives it.
+
+The decoder reads MASKs alone. Every token of a text draws the layer at which it leaves, k times a step; its state there
+predicts it and is copied to the layers above for the others to read (ELMER, sections 4.1 and 4.2). What copies have in
+common is computed once, what has left is never computed again (`pretrain/models/exits.py`).
+
+Terms: lplm (cross-entropy over tokens and copies), length.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pretrain.config import Fraction, ModelConfig, Positive, Rate, Section
+from pretrain.models import EncoderDecoder, ExitSample, SourceRows, VocabTargets, pack_exits
+from pretrain.models.ids import SpecialIds
+from pretrain.models.patterns import ArLayout
+from pretrain.objectives import spans
+from pretrain.objectives.base import Example, LossSums, Preview
+from pretrain.objectives.batch import TokenBatch, length_loss, target_fields
+from pretrain.objectives.corruption import SpanOptions, draw_spans, enclose
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {
+        "copies": 1,
+        "first_row": "bos",
+        "rows": "longest",
+        "detach_copied_state": True,
+        "corruption": {
+            "ratio": 0.3,
+            "mean_span": 3.5,
+            "exact": False,
+            "whole_words": True,
+            "insertions": True,
+            "random_masks": 0.1,
+        },
+    },
+}
+
+
+class LplmCorruption(SpanOptions):
+    """ratio: share of tokens (or words) in spans that the encoder sees as one MASK each.
+
+    random_masks: share of those MASKs with a random token instead. shuffle: sentences in random order.
+    """
+
+    ratio: Fraction = 0.15
+    mean_span: Positive = 3.0
+    random_masks: Fraction = 0.0
+    shuffle: bool = True
+
+
+class LplmOptions(Section):
+    """Options of the objective. `preset` fills in what is not given:
+
+    * `paper` (default): 10 permutations a step, a MASK in every row, sentences shuffled and 15 % of the tokens in
+      Poisson(3) spans; gradients flow through copied states, of which the paper does not speak (ELMER, section 5.1).
+    * `released`: one permutation a step (its ten are ten epochs), BOS in the first row, copied states detached; 30 % of
+      the words in overlapping Poisson(3.5) spans, with insertions, a tenth of the MASKs random. Its short samples have
+      MASK rows up to the longest of their batch, which others read: what a text gets depends on its neighbours.
+
+    copies: k, the permutations of a step. first_row: what the row that predicts the first token reads.
+    rows: as many as the target has tokens with its EOS, or as the `longest` target of the micro-batch.
+    """
+
+    name: Literal["lplm"] = "lplm"
+    preset: Literal["paper", "released"] = "paper"
+    copies: int = Field(10, ge=1, le=1000)
+    first_row: Literal["mask", "bos"] = "mask"
+    rows: Literal["target", "longest"] = "target"
+    detach_copied_state: bool = False
+    label_smoothing: Rate = 0.0
+    length_weight: float = Field(0.0, ge=0.0)
+    corruption: LplmCorruption = LplmCorruption()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = PRESETS.get(values.get("preset", "paper"), {})
+        filled = {**preset, **values}
+        if isinstance(values.get("corruption"), dict) and "corruption" in preset:
+            filled["corruption"] = {**preset["corruption"], **values["corruption"]}
+        return filled
+
+
+@dataclass(frozen=True)
+class ExitExample(Example):
+    """exits: int [k, N + 1], from 1: where each token after BOS leaves in each copy. Nothing is `masked` by itself."""
+
+    exits: np.ndarray
+
+
+class Lplm:
+    """The objective on packed rows; a row's target is the token one further, as `first_row` stands for BOS."""
+
+    def __init__(self, options: LplmOptions, ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig):
+        self.options, self.ids, self.word_starts, self.model = options, ids, word_starts, model
+        self.weights: Mapping[str, float] = {"lplm": 1.0, "length": options.length_weight}
+        self.layout = ArLayout.aligned("bos_first", ids)
+        self.modes: Sequence[str] = ("hard_exit",)
+
+    def corrupt(self, tokens: np.ndarray, sentences: np.ndarray, rng: np.random.Generator) -> ExitExample:
+        """The encoder reads the sentences in another order, with spans collapsed (ELMER, section 5.1)."""
+        how = self.options.corruption
+        tokens = tokens.astype(np.int64)
+        pieces = np.split(tokens, sentences[1:])
+        shuffled = np.concatenate([pieces[i] for i in rng.permutation(len(pieces))]) if how.shuffle else tokens
+        hidden = draw_spans(shuffled, how.ratio, how, self.word_starts, rng)
+        if not how.insertions:
+            hidden = spans.Spans(*(x[hidden.lengths > 0] for x in hidden))
+        source = spans.infill(shuffled, hidden, self.ids.mask)
+        masked = np.flatnonzero(source == self.ids.mask)
+        other = masked[rng.random(len(masked)) < how.random_masks]
+        source[other] = self._random_tokens(len(other), rng)
+        return self._example(enclose(source, self.ids), enclose(tokens, self.ids), rng)
+
+    def corrupt_pair(self, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> ExitExample:
+        return self._example(source, target, rng)
+
+    def collate(self, examples: Sequence[Example]) -> TokenBatch:
+        source = SourceRows.pack([example.source for example in examples])
+        longest = max((len(example.target) - 1 for example in examples), default=0)
+        samples, targets = [], []
+        for index, example in enumerate(examples):
+            real = len(example.target) - 1
+            n = longest if self.options.rows == "longest" else real
+            samples.append(self._sample(n, source.memory_range(index), _exits(example, n)))
+            targets.append(np.concatenate([example.target[1:], np.full(n - real, self.ids.pad)]))
+        rows = pack_exits(samples, self.model.decoder_layers, source.mask.n_rows, self.options.detach_copied_state)
+        target_L = _joined(targets)[rows.out_L]
+        # A state that is several copies is one row with their number as factor: its term. Padding has factor 0.
+        term_L = torch.where(target_L == self.ids.pad, 0, rows.copies_N)
+        return TokenBatch(
+            source=source,
+            rows=rows,
+            target_L=target_L,
+            term_L=term_L,
+            tuple_PK=torch.empty((0, 1), dtype=torch.int64),
+            row_sample_L=_joined([np.full(len(x), index) for index, x in enumerate(targets)])[rows.out_L],
+            row_position_L=_joined([np.arange(1, len(x) + 1) for x in targets])[rows.out_L],
+            term_counts=tuple(torch.bincount(term_L, minlength=self.options.copies + 1).tolist()),
+            **target_fields(examples, self.model.length_classes),
+        )
+
+    def counts(self, batch: TokenBatch) -> dict[str, int]:
+        return {"lplm": sum(k * n for k, n in enumerate(batch.term_counts)), "length": batch.n_samples}
+
+    def losses(self, model: EncoderDecoder, batch: TokenBatch, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
+        memory_MD = model.encode(batch.source)
+        h_ND = model.decode(batch.rows, memory_MD)
+        factors = range(self.options.copies + 1)
+        loss = VocabTargets(
+            target_R=batch.target_L,
+            term_R=batch.term_L,
+            tuple_PK=batch.tuple_PK,
+            ce_scale=[k * scale["lplm"] for k in factors],
+            label_smoothing=self.options.label_smoothing,
+        )
+        total, ce_T, _ = model.head(h_ND, loss)
+        length_sum = length_loss(model, batch, memory_MD)
+        sums = {"lplm": (ce_T * ce_T.new_tensor(factors)).sum(), "length": length_sum.detach()}
+        return total + scale["length"] * length_sum, sums
+
+    @torch.no_grad()
+    def preview(self, model: EncoderDecoder, batch: TokenBatch, limit: int) -> list[Preview]:
+        """What every token is if the whole text leaves at the first layer, and at the last."""
+        lengths = [n - 1 for n in batch.n_target[:limit]]
+        memory_MD = model.encode(batch.source)
+        ranges = [batch.source.memory_range(index) for index in range(len(lengths))]
+        written: dict[str, Sequence[Tensor]] = {}
+        for layer in sorted({1, self.model.decoder_layers}):
+            samples = [self._sample(n, at, np.full((1, n), layer)) for n, at in zip(lengths, ranges, strict=True)]
+            rows = pack_exits(samples, self.model.decoder_layers, len(memory_MD), detach=False).to(memory_MD.device)
+            h_ND = model.decode(rows, memory_MD)
+            written[f"layer_{layer}"] = torch.cat([model.logits(x).argmax(1) for x in h_ND.split(256)]).split(lengths)
+        found = []
+        for index, target in enumerate(batch.target_T.split(batch.n_target)[:limit]):
+            start, length = ranges[index]
+            predicted = {mode: [self.ids.bos, *texts[index].tolist()] for mode, texts in written.items()}
+            places = {mode: list(range(1, len(target))) for mode in predicted}
+            source = batch.source.tokens_R[start : start + length].tolist()
+            found.append(Preview(source, target.tolist(), predicted, places))
+        return found
+
+    def _sample(self, n: int, memory: tuple[int, int], exits: np.ndarray) -> ExitSample:
+        """Decoder rows for n tokens of a text that reads `memory`."""
+        tokens = np.full(n, self.ids.mask)
+        if self.options.first_row == "bos":
+            tokens[:1] = self.ids.bos
+        return ExitSample(tokens, np.arange(n), memory, exits)
+
+    def _example(self, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> ExitExample:
+        shape = self.options.copies, len(target) - 1
+        exits = rng.integers(1, self.model.decoder_layers + 1, shape)
+        return ExitExample(source, target, np.empty(0, np.int64), exits)
+
+    def _random_tokens(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        special = sorted({self.ids.bos, self.ids.pad, self.ids.eos, self.ids.mask, self.ids.unk})
+        drawn = rng.integers(0, (self.model.vocab_size or 0) - len(special), count) if count else np.empty(0, np.int64)
+        for number in special:  # increasing, so that each one passed moves the rest up
+            drawn = drawn + (drawn >= number)
+        return drawn
+
+
+def _exits(example: Example, n: int) -> np.ndarray:
+    """[k, n]: the layers drawn for an example; rows behind its target leave where its first ones do."""
+    if not isinstance(example, ExitExample):
+        raise TypeError(f"lplm collates what it has corrupted, an ExitExample, got {type(example).__name__}")
+    return example.exits[:, np.arange(n) % example.exits.shape[1]]
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)]))
