@@ -28,7 +28,7 @@ BART_NAMES = {
     "activation_dropout": ("activation_dropout",),
     "init_std": ("init_std",),
 }
-Mode = Literal["ar", "nar", "causal"]
+Mode = Literal["ar", "nar", "causal", "hard_exit", "soft_exit"]
 
 
 class ParlanceSection(Section):

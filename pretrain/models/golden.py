@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pretrain.models.encoder_decoder import EncoderDecoder
-from pretrain.models.patterns import ArLayout, ar_two_stream, causal, nar
-from pretrain.models.rows import SourceRows, Stream, pack_streams
+from pretrain.models.exits import ExitRows, ExitSample, pack_exits
+from pretrain.models.patterns import ArLayout, ar_two_stream, causal, mask_rows, nar
+from pretrain.models.rows import DecoderRows, SourceRows, Stream, pack_streams
 
-MODES = ("ar", "nar", "causal")
+MODES = ("ar", "nar", "causal", "hard_exit")
 SOURCE_TOKENS, TARGET_TOKENS = 12, 10
 
 
@@ -21,7 +22,8 @@ SOURCE_TOKENS, TARGET_TOKENS = 12, 10
 def golden(model: EncoderDecoder, layout: ArLayout, modes: Sequence[str]) -> dict[str, Tensor]:
     """`in/source` int64 [S], `in/target` int64 [T], `logits/length`, and `logits/<mode>` [rows, V] in eval mode.
 
-    modes: of `ar` (query stream over the target), `nar` (every content token masked), `causal` (content stream).
+    modes: of `ar` (query stream over the target), `nar` (every content token masked), `causal` (content stream),
+    `hard_exit` (MASK rows that leave at layers 1, 2, .. in turn).
     """
     ids = layout.ids
     vocabulary = model.config.vocab_size or 0
@@ -36,7 +38,15 @@ def golden(model: EncoderDecoder, layout: ArLayout, modes: Sequence[str]) -> dic
     memory = model.encode(rows)
     made["logits/length"] = model.length_logits(memory, rows)[0]
     for mode in modes:
-        packed, _, _ = pack_streams(_streams(mode, target, layout), len(source))
+        packed: DecoderRows | ExitRows
+        if mode == "hard_exit":
+            n, layers = len(target) - 1, model.config.decoder_layers
+            sample = ExitSample(
+                mask_rows(n, ids, "mask"), np.arange(n), (0, len(source)), np.arange(n)[None] % layers + 1
+            )
+            packed = pack_exits([sample], layers, len(source), detach=False)
+        else:
+            packed, _, _ = pack_streams(_streams(mode, target, layout), len(source))
         made[f"logits/{mode}"] = model.logits(model.decode(packed, memory))
     model.train(was_training)
     return {name: value.detach().cpu().contiguous() for name, value in made.items()}

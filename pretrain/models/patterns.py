@@ -6,6 +6,7 @@ A target is t = [BOS, y_1 .. y_N, EOS]. Two layouts of the AR pattern exist (JAN
     eos_first   content EOS BOS y_1 .. y_N      row i predicts t[i]
 
 NAR and AUX share one content stream [visible | MASK | compensation] with positions of the tokens they stand for.
+ELMER reads MASKs alone (`mask_rows`).
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pretrain.models.ids import SpecialIds
 from pretrain.models.rows import Stream
 
 Layout = Literal["bos_first", "eos_first"]
+FirstRow = Literal["mask", "bos"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,17 @@ def nar_aux(
         content,
     )
     return content, query
+
+
+def mask_rows(n: int, ids: SpecialIds, first_row: FirstRow) -> np.ndarray:
+    """Decoder input of ELMER for n tokens behind BOS: row i, at position i, predicts t[i + 1].
+
+    first_row: a MASK as all others (ELMER, section 4.1), or BOS (the released code).
+    """
+    tokens = np.full(n, ids.mask)
+    if first_row == "bos":
+        tokens[:1] = ids.bos
+    return tokens
 
 
 def _nar_content(

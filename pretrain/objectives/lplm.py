@@ -19,7 +19,7 @@ from torch import Tensor
 from pretrain.config import Fraction, ModelConfig, Positive, Rate, Section
 from pretrain.models import EncoderDecoder, ExitSample, SourceRows, VocabTargets, pack_exits
 from pretrain.models.ids import SpecialIds
-from pretrain.models.patterns import ArLayout
+from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
 from pretrain.objectives import spans
 from pretrain.objectives.base import Example, LossSums, Preview
 from pretrain.objectives.batch import TokenBatch, length_loss, target_fields
@@ -72,7 +72,7 @@ class LplmOptions(Section):
     name: Literal["lplm"] = "lplm"
     preset: Literal["paper", "released"] = "paper"
     copies: int = Field(10, ge=1, le=1000)
-    first_row: Literal["mask", "bos"] = "mask"
+    first_row: FirstRow = "mask"
     rows: Literal["target", "longest"] = "target"
     detach_copied_state: bool = False
     label_smoothing: Rate = 0.0
@@ -192,9 +192,7 @@ class Lplm:
 
     def _sample(self, n: int, memory: tuple[int, int], exits: np.ndarray) -> ExitSample:
         """Decoder rows for n tokens of a text that reads `memory`."""
-        tokens = np.full(n, self.ids.mask)
-        if self.options.first_row == "bos":
-            tokens[:1] = self.ids.bos
+        tokens = mask_rows(n, self.ids, self.options.first_row)
         return ExitSample(tokens, np.arange(n), memory, exits)
 
     def _example(self, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> ExitExample:

@@ -38,7 +38,7 @@ def curve(name):
     return losses
 
 
-@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise"])
+@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm"])
 def test_curve(name, request):
     losses, file = curve(name), GOLDENS / f"{name}.txt"
     if request.config.getoption("--update-goldens"):
