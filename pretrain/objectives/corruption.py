@@ -42,6 +42,18 @@ class Corruption(SpanOptions):
         return self
 
 
+class Infilling(SpanOptions):
+    """ratio: share of tokens (or words) in spans that the encoder sees as one MASK each.
+
+    random_masks: share of those MASKs with a random token instead. shuffle: sentences in random order.
+    """
+
+    ratio: Fraction = 0.15
+    mean_span: Positive = 3.0
+    random_masks: Fraction = 0.0
+    shuffle: bool = True
+
+
 def corrupt_text(
     tokens: np.ndarray,
     options: Corruption,
@@ -62,6 +74,32 @@ def corrupt_text(
     return Example(enclose(collapsed, ids), enclose(tokens, ids), hidden.indices() + 1)
 
 
+def infill_text(
+    tokens: np.ndarray,
+    sentences: np.ndarray,
+    options: Infilling,
+    ids: SpecialIds,
+    word_starts: np.ndarray | None,
+    vocabulary: int | None,
+    rng: np.random.Generator,
+) -> Example:
+    """Example of a text that the decoder has to write as a whole: nothing is `masked` by itself.
+
+    sentences: int [.], where each begins. vocabulary: number of ids, needed for `random_masks`.
+    """
+    tokens = tokens.astype(np.int64)
+    pieces = np.split(tokens, sentences[1:])
+    shuffled = np.concatenate([pieces[i] for i in rng.permutation(len(pieces))]) if options.shuffle else tokens
+    hidden = draw_spans(shuffled, options.ratio, options, word_starts, rng)
+    if not options.insertions:
+        hidden = spans.Spans(*(x[hidden.lengths > 0] for x in hidden))
+    source = spans.infill(shuffled, hidden, ids.mask)
+    masks = np.flatnonzero(source == ids.mask)
+    other = masks[rng.random(len(masks)) < options.random_masks]
+    source[other] = _ordinary_tokens(len(other), ids, vocabulary, rng)
+    return Example(enclose(source, ids), enclose(tokens, ids), np.empty(0, np.int64))
+
+
 def draw_spans(
     tokens: np.ndarray, ratio: float, how: SpanOptions, word_starts: np.ndarray | None, rng: np.random.Generator
 ) -> spans.Spans:
@@ -79,3 +117,12 @@ def draw_spans(
 def enclose(tokens: np.ndarray, ids: SpecialIds) -> np.ndarray:
     """Tokens between BOS and EOS."""
     return np.concatenate([[ids.bos], tokens, [ids.eos]])
+
+
+def _ordinary_tokens(count: int, ids: SpecialIds, vocabulary: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Ids drawn from those that are not special."""
+    special = sorted({ids.bos, ids.pad, ids.eos, ids.mask, ids.unk})
+    drawn = rng.integers(0, vocabulary - len(special), count) if vocabulary and count else np.empty(0, np.int64)
+    for number in special:  # increasing, so that each one passed moves the rest up
+        drawn = drawn + (drawn >= number)
+    return drawn

@@ -16,14 +16,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pretrain.config import Fraction, ModelConfig, Positive, Rate, Section
+from pretrain.config import ModelConfig, Rate, Section
 from pretrain.models import EncoderDecoder, ExitSample, SourceRows, VocabTargets, pack_exits
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
-from pretrain.objectives import spans
 from pretrain.objectives.base import Example, LossSums, Preview
 from pretrain.objectives.batch import TokenBatch, length_loss, target_fields
-from pretrain.objectives.corruption import SpanOptions, draw_spans, enclose
+from pretrain.objectives.corruption import Infilling, infill_text
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -42,18 +41,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-
-
-class LplmCorruption(SpanOptions):
-    """ratio: share of tokens (or words) in spans that the encoder sees as one MASK each.
-
-    random_masks: share of those MASKs with a random token instead. shuffle: sentences in random order.
-    """
-
-    ratio: Fraction = 0.15
-    mean_span: Positive = 3.0
-    random_masks: Fraction = 0.0
-    shuffle: bool = True
 
 
 class LplmOptions(Section):
@@ -77,7 +64,7 @@ class LplmOptions(Section):
     detach_copied_state: bool = False
     label_smoothing: Rate = 0.0
     length_weight: float = Field(0.0, ge=0.0)
-    corruption: LplmCorruption = LplmCorruption()
+    corruption: Infilling = Infilling()
 
     @model_validator(mode="before")
     @classmethod
@@ -109,21 +96,14 @@ class Lplm:
 
     def corrupt(self, tokens: np.ndarray, sentences: np.ndarray, rng: np.random.Generator) -> ExitExample:
         """The encoder reads the sentences in another order, with spans collapsed (ELMER, section 5.1)."""
-        how = self.options.corruption
-        tokens = tokens.astype(np.int64)
-        pieces = np.split(tokens, sentences[1:])
-        shuffled = np.concatenate([pieces[i] for i in rng.permutation(len(pieces))]) if how.shuffle else tokens
-        hidden = draw_spans(shuffled, how.ratio, how, self.word_starts, rng)
-        if not how.insertions:
-            hidden = spans.Spans(*(x[hidden.lengths > 0] for x in hidden))
-        source = spans.infill(shuffled, hidden, self.ids.mask)
-        masked = np.flatnonzero(source == self.ids.mask)
-        other = masked[rng.random(len(masked)) < how.random_masks]
-        source[other] = self._random_tokens(len(other), rng)
-        return self._example(enclose(source, self.ids), enclose(tokens, self.ids), rng)
+        how, vocabulary = self.options.corruption, self.model.vocab_size
+        example = infill_text(tokens, sentences, how, self.ids, self.word_starts, vocabulary, rng)
+        return self.corrupt_pair(example.source, example.target, rng)
 
     def corrupt_pair(self, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> ExitExample:
-        return self._example(source, target, rng)
+        shape = self.options.copies, len(target) - 1
+        exits = rng.integers(1, self.model.decoder_layers + 1, shape)
+        return ExitExample(source, target, np.empty(0, np.int64), exits)
 
     def collate(self, examples: Sequence[Example]) -> TokenBatch:
         source = SourceRows.pack([example.source for example in examples])
@@ -194,18 +174,6 @@ class Lplm:
         """Decoder rows for n tokens of a text that reads `memory`."""
         tokens = mask_rows(n, self.ids, self.options.first_row)
         return ExitSample(tokens, np.arange(n), memory, exits)
-
-    def _example(self, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> ExitExample:
-        shape = self.options.copies, len(target) - 1
-        exits = rng.integers(1, self.model.decoder_layers + 1, shape)
-        return ExitExample(source, target, np.empty(0, np.int64), exits)
-
-    def _random_tokens(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        special = sorted({self.ids.bos, self.ids.pad, self.ids.eos, self.ids.mask, self.ids.unk})
-        drawn = rng.integers(0, (self.model.vocab_size or 0) - len(special), count) if count else np.empty(0, np.int64)
-        for number in special:  # increasing, so that each one passed moves the rest up
-            drawn = drawn + (drawn >= number)
-        return drawn
 
 
 def _exits(example: Example, n: int) -> np.ndarray:
