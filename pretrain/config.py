@@ -61,6 +61,7 @@ class ModelConfig(Section):
     attention_dropout: Rate = 0.1
     activation_dropout: Rate = 0.0
     length_classes: int = Field(256, ge=4)
+    soft_exit: bool = Field(False, description="a projection of [state; predicted token], which soft exit needs")
     init_std: Positive = 0.02
 
     @model_validator(mode="after")

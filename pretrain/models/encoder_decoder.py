@@ -16,7 +16,7 @@ from pretrain.config import ModelConfig
 from pretrain.models.exits import ExitRows
 from pretrain.models.ids import SpecialIds
 from pretrain.models.layers import DecoderLayer, EncoderLayer, positions_table
-from pretrain.models.linear import linear
+from pretrain.models.linear import Linear, linear
 from pretrain.models.rows import DecoderRows, SourceRows
 
 
@@ -72,7 +72,8 @@ class VocabHead(nn.Module):
 class EncoderDecoder(nn.Module):
     """Encoder, two-stream decoder, tied vocabulary head and length predictor.
 
-    Parameter names are those of Hugging Face's `BartModel`; `length_head.weight` is the only addition.
+    Parameter names are those of Hugging Face's `BartModel`; `length_head.weight` is added, and with `soft_exit` in the
+    configuration `feedback.weight`.
 
     Args:
         config: shape and dropout; `vocab_size` must be set.
@@ -95,6 +96,8 @@ class EncoderDecoder(nn.Module):
         self.decoder = Stack(config, [DecoderLayer(config, self.backend) for _ in range(config.decoder_layers)])
         self.head = VocabHead(self.shared, config.logits_bias)
         self.length_head = nn.Linear(config.d_model, config.length_classes, bias=False)
+        if config.soft_exit:
+            self.feedback = Linear(2 * config.d_model, config.d_model, bias=False)
         self.apply(self._initialise)
         with torch.no_grad():
             self.shared.weight[ids.pad].zero_()
@@ -103,7 +106,7 @@ class EncoderDecoder(nn.Module):
         """memory_MD, the encoder's output for every source row."""
         x_RD = self.encoder.embed(self.shared(source.tokens_R) * self.scale, source.positions_R)
         for layer in self.encoder.layers:
-            x_RD = self._run(layer, x_RD, source.mask)
+            x_RD = self.run_layer(layer, x_RD, source.mask)
         return self.encoder.layer_norm(x_RD)
 
     def decode(self, rows: DecoderRows | ExitRows, memory_MD: Tensor) -> Tensor:
@@ -113,9 +116,9 @@ class EncoderDecoder(nn.Module):
             return self.decoder.layer_norm(self._leave(x_RD, rows, memory_MD))
         *inner, last = self.decoder.layers
         for layer in inner:
-            x_RD = self._run(layer, x_RD, rows.n_keys, None, memory_MD, rows.self_mask, rows.cross_mask)
+            x_RD = self.run_layer(layer, x_RD, rows.n_keys, None, memory_MD, rows.self_mask, rows.cross_mask)
         masks = rows.out_self_mask, rows.out_cross_mask
-        return self.decoder.layer_norm(self._run(last, x_RD, rows.n_keys, rows.out_L, memory_MD, *masks))
+        return self.decoder.layer_norm(self.run_layer(last, x_RD, rows.n_keys, rows.out_L, memory_MD, *masks))
 
     def _leave(self, table_UD: Tensor, rows: ExitRows, memory_MD: Tensor) -> Tensor:
         """Every token's state at the layer where it leaves, from the input of the first layer.
@@ -125,7 +128,7 @@ class EncoderDecoder(nn.Module):
         left: list[Tensor] = []
         for layer, plan in zip(self.decoder.layers, rows.layers, strict=True):
             masks = plan.self_mask, plan.cross_mask
-            out_AD = self._run(layer, table_UD, plan.states, plan.active_A, memory_MD, *masks, plan.key_K)
+            out_AD = self.run_layer(layer, table_UD, plan.states, plan.active_A, memory_MD, *masks, plan.key_K)
             table_UD, left_ND = exit_copy(
                 table_UD, plan.frozen, out_AD, plan.left_N, plan.stays_S, rows.detach, self.backend
             )
@@ -142,7 +145,8 @@ class EncoderDecoder(nn.Module):
         rows_B = torch.bincount(source.sample_R, minlength=source.n_samples)
         return self.length_head(sums_BD / rows_B[:, None].to(sums_BD.dtype))
 
-    def _run(self, layer: nn.Module, *args: object) -> Tensor:
+    def run_layer(self, layer: nn.Module, *args: object) -> Tensor:
+        """layer(*args), computed again in the backward where activation checkpointing is on."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)

@@ -4,17 +4,18 @@ Shapes: S source tokens, T target tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.models.encoder_decoder import EncoderDecoder
-from pretrain.models.exits import ExitRows, ExitSample, pack_exits
+from pretrain.models.exits import ExitSample, pack_exits
 from pretrain.models.patterns import ArLayout, ar_two_stream, causal, mask_rows, nar
-from pretrain.models.rows import DecoderRows, SourceRows, Stream, pack_streams
+from pretrain.models.rows import SourceRows, Stream, pack_streams
+from pretrain.models.soft_exit import decode_soft
 
-MODES = ("ar", "nar", "causal", "hard_exit")
 SOURCE_TOKENS, TARGET_TOKENS = 12, 10
 
 
@@ -23,7 +24,7 @@ def golden(model: EncoderDecoder, layout: ArLayout, modes: Sequence[str]) -> dic
     """`in/source` int64 [S], `in/target` int64 [T], `logits/length`, and `logits/<mode>` [rows, V] in eval mode.
 
     modes: of `ar` (query stream over the target), `nar` (every content token masked), `causal` (content stream),
-    `hard_exit` (MASK rows that leave at layers 1, 2, .. in turn).
+    `hard_exit` (MASK rows that leave at layers 1, 2, .. in turn), `soft_exit` (MASK rows, after the last layer).
     """
     ids = layout.ids
     vocabulary = model.config.vocab_size or 0
@@ -38,26 +39,26 @@ def golden(model: EncoderDecoder, layout: ArLayout, modes: Sequence[str]) -> dic
     memory = model.encode(rows)
     made["logits/length"] = model.length_logits(memory, rows)[0]
     for mode in modes:
-        packed: DecoderRows | ExitRows
-        if mode == "hard_exit":
-            n, layers = len(target) - 1, model.config.decoder_layers
-            sample = ExitSample(
-                mask_rows(n, ids, "mask"), np.arange(n), (0, len(source)), np.arange(n)[None] % layers + 1
-            )
-            packed = pack_exits([sample], layers, len(source), detach=False)
-        else:
-            packed, _, _ = pack_streams(_streams(mode, target, layout), len(source))
-        made[f"logits/{mode}"] = model.logits(model.decode(packed, memory))
+        packed = _rows(mode, target, layout, model.config.decoder_layers)
+        h_LD = decode_soft(model, packed, memory)[-1] if mode == "soft_exit" else model.decode(packed, memory)
+        made[f"logits/{mode}"] = model.logits(h_LD)
     model.train(was_training)
     return {name: value.detach().cpu().contiguous() for name, value in made.items()}
 
 
-def _streams(mode: str, target: np.ndarray, layout: ArLayout) -> list[Stream]:
-    memory = (0, SOURCE_TOKENS)
-    if mode == "ar":
-        return list(ar_two_stream(target, memory, layout, term=0))
-    if mode == "causal":
-        return [causal(target, memory, layout, term=0)]
-    if mode == "nar":
-        return [nar(target, np.arange(1, len(target) - 1), memory, layout.ids.mask, term=0)]
-    raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+def _rows(mode: str, target: np.ndarray, layout: ArLayout, layers: int) -> Any:
+    """The decoder's input in a mode."""
+    memory, mask, n = (0, SOURCE_TOKENS), layout.ids.mask, len(target) - 1
+    rows = mask_rows(n, layout.ids, "mask")
+    if mode == "hard_exit":
+        exits = np.arange(n)[None] % layers + 1
+        return pack_exits([ExitSample(rows, np.arange(n), memory, exits)], layers, SOURCE_TOKENS, detach=False)
+    streams = {
+        "ar": lambda: list(ar_two_stream(target, memory, layout, term=0)),
+        "causal": lambda: [causal(target, memory, layout, term=0)],
+        "nar": lambda: [nar(target, np.arange(1, n), memory, mask, term=0)],
+        "soft_exit": lambda: [Stream(rows, np.arange(n), [(n, n, 0, 0, 0, 0)], memory, (0, n), target[1:], term=0)],
+    }
+    if mode not in streams:
+        raise ValueError(f"mode must be one of {', '.join((*streams, 'hard_exit'))}, got {mode!r}")
+    return pack_streams(streams[mode](), SOURCE_TOKENS)[0]

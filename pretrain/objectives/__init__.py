@@ -12,6 +12,7 @@ from pretrain.objectives.cmlm import Cmlm, CmlmOptions
 from pretrain.objectives.denoise import Denoise, DenoiseOptions
 from pretrain.objectives.janus import Janus, JanusOptions
 from pretrain.objectives.lplm import Lplm, LplmOptions
+from pretrain.objectives.soft_exit import SoftExit, SoftExitOptions
 
 __all__ = ["Example", "LossSums", "Objective", "ObjectiveModule", "Preview", "build"]
 
@@ -20,6 +21,7 @@ REGISTRY: dict[str, tuple[type[Section], Callable[..., Objective]]] = {
     "cmlm": (CmlmOptions, Cmlm),
     "denoise": (DenoiseOptions, Denoise),
     "lplm": (LplmOptions, Lplm),
+    "soft_exit": (SoftExitOptions, SoftExit),
 }
 
 

@@ -6,8 +6,10 @@ import torch
 
 from pretrain.config import ModelConfig
 from pretrain.models import EncoderDecoder, SpecialIds
+from pretrain.models.soft_exit import decode_soft
 from pretrain.objectives import build, lplm_reference
 from pretrain.objectives.lplm import ExitExample
+from pretrain.objectives.soft_exit import GivenExample
 
 IDS = SpecialIds(bos=0, pad=1, eos=2, mask=59, unk=58)
 CONFIG = ModelConfig(
@@ -98,3 +100,78 @@ def test_packed_reproduces_every_state_loss_and_gradient(golden, model, lplm, ca
     assert compared == set(own) - {"length_head.weight"}
     squares = sum(float(own[name].grad.square().sum()) for name in compared)
     close(torch.tensor(squares**0.5, dtype=torch.float64), golden[f"{case}/total_grad_norm"])
+
+
+@pytest.fixture(scope="module")
+def soft_golden(test_data):
+    file = test_data / "released_goldens" / "elmer_softexit.npz"
+    if not file.exists():
+        pytest.skip(f"no released goldens at {file}")
+    return dict(np.load(file, allow_pickle=False))
+
+
+@pytest.fixture(scope="module")
+def soft_model(soft_golden):
+    model = EncoderDecoder(CONFIG.model_copy(update={"soft_exit": True}), IDS).double()
+    own = model.state_dict()
+    own["feedback.weight"].copy_(torch.from_numpy(soft_golden["w/concat_head.weight"]))
+    for key, value in soft_golden.items():
+        if key.startswith("w/model."):
+            own[key.removeprefix("w/model.")].copy_(torch.from_numpy(value))
+    own["head.weight"].copy_(own["shared.weight"])
+    return model
+
+
+@pytest.fixture(scope="module")
+def soft_exit():
+    return build({"name": "soft_exit", "preset": "released"}, IDS, None, CONFIG)
+
+
+def soft_examples(golden, case):
+    made = []
+    patterns = golden[f"{case}/gold_pattern"].astype(bool) if case != "infer" else np.zeros((3, 3, 10), bool)
+    for b in range(3):
+        label = golden["in/labels"][b]
+        target = np.concatenate([[IDS.bos], label[label != IDS.pad]])
+        source = golden["in/source_ids"][b][golden["in/source_mask"][b]]
+        made.append(GivenExample(source, target, np.empty(0, np.int64), patterns[:, b]))
+    return made
+
+
+@pytest.mark.parametrize("case", ["gold0", "gold03"])
+def test_soft_exit_reproduces_every_layer_loss_and_gradient(soft_golden, soft_model, soft_exit, case):
+    batch = soft_exit.collate(soft_examples(soft_golden, case))
+    with torch.no_grad():
+        states = decode_soft(soft_model, batch.rows, soft_model.encode(batch.source), batch.target_L, batch.given_BR)
+    close(torch.stack(states), soft_golden[f"{case}/lout"].reshape(4, -1, 32))
+    close(soft_model.logits(torch.stack(states)), soft_golden[f"{case}/logits"].reshape(4, -1, 60))
+
+    counts = soft_exit.counts(batch)
+    soft_model.zero_grad()
+    scale = {name: soft_exit.weights[name] / count for name, count in counts.items()}
+    total, sums = soft_exit.losses(soft_model, batch, scale)
+    close(total, soft_golden[f"{case}/loss"])
+    close(torch.stack([sums[name] / counts[name] for name in soft_exit.terms]), soft_golden[f"{case}/losses"])
+    total.backward()
+    own = dict(soft_model.named_parameters())
+    for name, norm in zip(soft_golden["param_names"].tolist(), soft_golden[f"{case}/grad_norms"], strict=True):
+        ours = own["feedback.weight" if name == "concat_head.weight" else name.removeprefix("model.")].grad
+        close(ours.norm(), norm)
+        if f"{case}/grad/{name}" in soft_golden:
+            theirs = torch.from_numpy(soft_golden[f"{case}/grad/{name}"]).double()
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_soft_exit_writes_as_released_alone_and_in_a_batch(soft_golden, soft_model, soft_exit):
+    soft_model.eval()
+    examples = soft_examples(soft_golden, "infer")
+    with torch.no_grad():
+        batch = soft_exit.collate(examples)
+        memory = soft_model.encode(batch.source)
+        close(memory, soft_golden["infer/encoder_out"][soft_golden["in/source_mask"]])
+        final = soft_model.logits(decode_soft(soft_model, batch.rows, memory)[-1])
+        close(final, soft_golden["infer/final_logits"].reshape(-1, 60))
+        for index, example in enumerate(examples):
+            alone = soft_exit.collate([example])
+            states = decode_soft(soft_model, alone.rows, soft_model.encode(alone.source))
+            close(soft_model.logits(states[-1]), soft_golden[f"infer/final_logits_alone_{index}"])
