@@ -16,6 +16,7 @@ from pretrain.errors import UsageError
 OPTIONS = {
     "ar": ("beam", "length_penalty", "max_length"),
     "nar": ("iterations", "length_beam", "length_choice", "early_stop", "max_length"),
+    "soft_exit": ("max_length",),
 }
 
 

@@ -25,7 +25,7 @@ from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.rows import to_device
 
 # What a bundle must be able to do for each --mode; plain BART writes left to right on its content stream.
-NEEDS = {"ar": ("ar", "causal"), "nar": ("nar",)}
+NEEDS = {"ar": ("ar", "causal"), "nar": ("nar",), "soft_exit": ("soft_exit",)}
 STANDARD = "-"
 
 

@@ -19,7 +19,7 @@ from finetune.corpus import PairCorpus
 from finetune.hooks import WrittenTexts
 from finetune.runners import Runner, with_modes
 from finetune.tasks import Pair, SplitName
-from pretrain import config, distributed, objectives, runs
+from pretrain import config, distributed, objectives, rng, runs
 from pretrain.assemble import with_steps
 from pretrain.bundles.bundle import Bundle, content_sha256, load_bundle, write_bundle
 from pretrain.checkpoints import checkpoint
@@ -189,9 +189,11 @@ def assemble(settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data) -
     """The stream of training samples and the module to train."""
     description = bundle.description
     starts = bundle.tokenizer.word_starts
-    objective = objectives.build(runner.objective, description.ids, starts, description.model)
+    objective = objectives.build(runner.objective, description.ids, starts, runner.model)
     batch = BatchSize(**settings.batch.model_dump())
     stream = SampleStream(
         data.train, objective, seed=settings.seed, batch=batch, valid=data.valid, workers=settings.workers
     )
-    return stream, ObjectiveModule(bundle.model, objective)
+    rng.seed(settings.seed)  # for parameters that the bundle lacks
+    model = bundle.model if runner.model == description.model else bundle.model.grown(runner.model)
+    return stream, ObjectiveModule(model, objective)

@@ -3,7 +3,7 @@
 Shapes: L rows, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,6 +47,20 @@ def writing(model: EncoderDecoder) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def until_eos(tokens: Sequence[Tensor], scores: Sequence[Tensor], eos: int, passes: int) -> Generated:
+    """Texts up to their first EOS. tokens, scores: per text, each row's token and log-probability, on the host.
+
+    Score of a text: the mean over its tokens and the EOS; a text without EOS has all its rows.
+    """
+    texts, means = [], []
+    for token_N, score_N in zip(tokens, scores, strict=True):
+        ends = (token_N == eos).nonzero()
+        length = int(ends[0]) if len(ends) else len(token_N)
+        texts.append(token_N[:length].numpy())
+        means.append(float(score_N[: length + 1].mean()))
+    return Generated(texts, means, passes)
 
 
 def most_likely(model: EncoderDecoder, h_LD: Tensor, banned: list[int]) -> tuple[Tensor, Tensor]:

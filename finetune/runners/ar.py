@@ -23,7 +23,7 @@ class Ar:
     """Cross-entropy of the next token; beam search."""
 
     def __init__(self, options: ArOptions, description: Description) -> None:
-        self.options, self.layout = options, description.layout
+        self.options, self.layout, self.model = options, description.layout, description.model
         two_streams = "ar" in description.modes
         self.stream: StreamName = "query" if two_streams else "content"
         self.modes: tuple[Mode, ...] = ("ar",) if two_streams else ("causal",)

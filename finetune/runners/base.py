@@ -5,17 +5,20 @@ from typing import Any, Protocol
 
 from finetune.decoding import Generated
 from pretrain.bundles.description import Description, Mode
+from pretrain.config import ModelConfig
 from pretrain.models import EncoderDecoder, SourceRows
 
 
 class Runner(Protocol):
     """Training objective and decoder of one way of writing.
 
-    objective: options for `pretrain.objectives.build`. modes: what a bundle tuned with it can do.
+    objective: options for `pretrain.objectives.build`. modes: what a bundle tuned with it can do. model: the model that
+    it tunes, which may have parameters that the bundle lacks.
     """
 
     objective: dict[str, Any]
     modes: tuple[Mode, ...]
+    model: ModelConfig
 
     def generate(self, model: EncoderDecoder, source: SourceRows) -> Generated:
         """The texts of packed sources."""
@@ -23,5 +26,5 @@ class Runner(Protocol):
 
 
 def with_modes(description: Description, runner: Runner) -> Description:
-    """The description of a bundle after tuning: same model and layout, the runner's objective and modes."""
-    return replace(description, modes=runner.modes, objective=runner.objective)
+    """The description of a bundle after tuning: same layout, the runner's model, objective and modes."""
+    return replace(description, model=runner.model, modes=runner.modes, objective=runner.objective)

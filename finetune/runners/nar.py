@@ -23,6 +23,7 @@ class Nar:
     def __init__(self, options: NarOptions, description: Description) -> None:
         self.options = options
         self.modes: tuple[Mode, ...] = ("nar",)
+        self.model = description.model
         self.objective: dict[str, Any] = {
             "name": "cmlm",
             "label_smoothing": options.label_smoothing,

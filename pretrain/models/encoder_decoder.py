@@ -102,6 +102,19 @@ class EncoderDecoder(nn.Module):
         with torch.no_grad():
             self.shared.weight[ids.pad].zero_()
 
+    def grown(self, config: ModelConfig) -> "EncoderDecoder":
+        """A model with parameters that this one lacks; the others, and how it computes, are its own.
+
+        Raises:
+            ValueError: the other model lacks or reshapes some of these parameters.
+        """
+        model = EncoderDecoder(config, self.ids, self.checkpointing, self.backend).to(self.shared.weight)
+        unknown = self.state_dict().keys() - model.state_dict().keys()
+        if unknown:
+            raise ValueError(f"a grown model must keep every parameter, it lacks {', '.join(sorted(unknown))}")
+        model.load_state_dict(self.state_dict(), strict=False)
+        return model.train(self.training)
+
     def encode(self, source: SourceRows) -> Tensor:
         """memory_MD, the encoder's output for every source row."""
         x_RD = self.encoder.embed(self.shared(source.tokens_R) * self.scale, source.positions_R)

@@ -5,10 +5,11 @@ Shapes: R rows, L rows with a loss, P tuples, K streams, B samples, T target tok
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,6 +55,10 @@ class TokenBatch:
         return replace(self, source=to_device(self.source, device), rows=self.rows.to(device), **moved)
 
 
+# How many decoder rows a text gets that is written from MASKs alone; see `rows_per_text`.
+RowsPerText = Literal["target", "longest"] | Annotated[int, Field(ge=1)]
+
+
 @dataclass(frozen=True)
 class SampleStreams:
     """The streams of one sample. aligned: for each stream, the used-row indices that predict the masked tokens."""
@@ -94,6 +99,17 @@ def pack_batch(
         term_counts=tuple(torch.bincount(term_L, minlength=terms).tolist()),
         **target_fields(examples, length_classes),
     )
+
+
+def rows_per_text(examples: Sequence[Example], wanted: RowsPerText) -> list[int]:
+    """Decoder rows of each example, at least one for every token behind BOS.
+
+    wanted: `target`: no more, so that their number tells the length, which a decoder must then predict; a number: as
+    many as it writes with, those behind the text without a target; `longest`: as the longest target has (released).
+    """
+    tokens = [len(example.target) - 1 for example in examples]
+    floor = 0 if wanted == "target" else max(tokens, default=0) if wanted == "longest" else wanted
+    return [max(n, floor) for n in tokens]
 
 
 def target_fields(examples: Sequence[Example], length_classes: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pretrain.models import EncoderDecoder, ExitSample, SourceRows, VocabTargets
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
 from pretrain.objectives.base import Example, LossSums, Preview
-from pretrain.objectives.batch import TokenBatch, length_loss, target_fields
+from pretrain.objectives.batch import RowsPerText, TokenBatch, length_loss, rows_per_text, target_fields
 from pretrain.objectives.corruption import Infilling, infill_text
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -53,14 +53,14 @@ class LplmOptions(Section):
       MASK rows up to the longest of their batch, which others read: what a text gets depends on its neighbours.
 
     copies: k, the permutations of a step. first_row: what the row that predicts the first token reads.
-    rows: as many as the target has tokens with its EOS, or as the `longest` target of the micro-batch.
+    rows: see `rows_per_text`.
     """
 
     name: Literal["lplm"] = "lplm"
     preset: Literal["paper", "released"] = "paper"
     copies: int = Field(10, ge=1, le=1000)
     first_row: FirstRow = "mask"
-    rows: Literal["target", "longest"] = "target"
+    rows: RowsPerText = "target"
     detach_copied_state: bool = False
     label_smoothing: Rate = 0.0
     length_weight: float = Field(0.0, ge=0.0)
@@ -107,11 +107,9 @@ class Lplm:
 
     def collate(self, examples: Sequence[Example]) -> TokenBatch:
         source = SourceRows.pack([example.source for example in examples])
-        longest = max((len(example.target) - 1 for example in examples), default=0)
         samples, targets = [], []
-        for index, example in enumerate(examples):
+        for index, (example, n) in enumerate(zip(examples, rows_per_text(examples, self.options.rows), strict=True)):
             real = len(example.target) - 1
-            n = longest if self.options.rows == "longest" else real
             samples.append(self._sample(n, source.memory_range(index), _exits(example, n)))
             targets.append(np.concatenate([example.target[1:], np.full(n - real, self.ids.pad)]))
         rows = pack_exits(samples, self.model.decoder_layers, source.mask.n_rows, self.options.detach_copied_state)

@@ -19,7 +19,7 @@ from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
 from pretrain.models.soft_exit import decode_soft, likeliest
 from pretrain.objectives.base import Example, LossSums, Preview
-from pretrain.objectives.batch import TokenBatch, length_loss, target_fields
+from pretrain.objectives.batch import RowsPerText, TokenBatch, length_loss, rows_per_text, target_fields
 from pretrain.objectives.corruption import Infilling, infill_text
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -35,13 +35,14 @@ class SoftExitOptions(Section):
     * `released`: BOS in the first row, MASK rows up to the longest target of the micro-batch, and the right token in
       place of the argmax for 30 % of the rows at each boundary.
 
-    given: share of rows that are fed the right token. corruption: of texts; pairs stay as they are.
+    rows: see `rows_per_text`. given: share of rows that are fed the right token. corruption: of texts; pairs stay as
+    they are.
     """
 
     name: Literal["soft_exit"] = "soft_exit"
     preset: Literal["paper", "released"] = "paper"
     first_row: FirstRow = "mask"
-    rows: Literal["target", "longest"] = "target"
+    rows: RowsPerText = "target"
     given: Fraction = 0.0
     label_smoothing: Rate = 0.0
     length_weight: float = Field(0.0, ge=0.0)
@@ -91,11 +92,9 @@ class SoftExit:
 
     def collate(self, examples: Sequence[Example]) -> GivenBatch:
         source = SourceRows.pack([example.source for example in examples])
-        longest = max((len(example.target) - 1 for example in examples), default=0)
         streams, given = [], [np.empty((self.model.decoder_layers - 1, 0), bool)]
-        for index, example in enumerate(examples):
+        for index, (example, n) in enumerate(zip(examples, rows_per_text(examples, self.options.rows), strict=True)):
             real = len(example.target) - 1
-            n = longest if self.options.rows == "longest" else real
             targets = np.concatenate([example.target[1:], np.full(n - real, self.ids.pad)])
             tokens = mask_rows(n, self.ids, self.options.first_row)
             memory = source.memory_range(index)

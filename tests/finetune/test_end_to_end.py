@@ -69,7 +69,13 @@ def config_at(place: Path, name: str, runner_name: str, bundle: str = "janus", *
 
 @pytest.mark.parametrize(
     ("runner", "bundle", "modes"),
-    [("ar", "janus", ("ar",)), ("nar", "janus", ("nar",)), ("ar", "bart", ("causal",)), ("nar", "bart", ("nar",))],
+    [
+        ("ar", "janus", ("ar",)),
+        ("nar", "janus", ("nar",)),
+        ("ar", "bart", ("causal",)),
+        ("nar", "bart", ("nar",)),
+        ("soft_exit", "janus", ("soft_exit",)),
+    ],
 )
 def test_tune_generate_score(
     place: Path, runner: str, bundle: str, modes: tuple[Mode, ...], capsys: pytest.CaptureFixture[str]
@@ -165,7 +171,7 @@ def test_refusals_are_one_line(
     ("changes", "message"),
     [
         ({"max_source": 65}, "`max_source` must be at most the bundle's 64 positions, got 65"),
-        ({"runner": {"name": "narr"}}, "`runner.name` must be one of ar, nar, got 'narr'"),
+        ({"runner": {"name": "narr"}}, "`runner.name` must be one of ar, nar,"),
         ({"runner": {"name": "nar", "decoding": {"iteration": 1}}}, "did you mean `iterations`?"),
         ({"bundl": "x"}, "unknown key `bundl`; did you mean `bundle`?"),
     ],

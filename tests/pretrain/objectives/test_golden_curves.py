@@ -14,6 +14,7 @@ from tests.pretrain.objectives.cases import IDS, SHAPE, WHOLE, tiny_model, unit_
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 STEPS, SAMPLES = 20, 4
+OPTIONS = {"janus": {"weights": {"length": 0.1}}, "soft_exit": {"given": 0.3}}
 
 
 def synthetic_text(rng):
@@ -24,8 +25,8 @@ def synthetic_text(rng):
 
 def curve(name):
     rng = np.random.default_rng(11)
-    objective = build({"name": name, **({"weights": {"length": 0.1}} if name == "janus" else {})}, IDS, None, SHAPE)
-    model = tiny_model(seed=5)
+    objective = build({"name": name, **OPTIONS.get(name, {})}, IDS, None, SHAPE)
+    model = tiny_model(seed=5, soft_exit=name == "soft_exit")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
     losses = []
     for _ in range(STEPS):
@@ -38,7 +39,7 @@ def curve(name):
     return losses
 
 
-@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm"])
+@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm", "soft_exit"])
 def test_curve(name, request):
     losses, file = curve(name), GOLDENS / f"{name}.txt"
     if request.config.getoption("--update-goldens"):

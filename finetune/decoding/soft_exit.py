@@ -1,0 +1,42 @@
+"""Soft exit: one decoder pass, in which each layer is fed what the layer below would have written.
+
+Nothing is skipped; a text ends at its first EOS (ELMER, section 4.3).
+"""
+
+import numpy as np
+from pydantic import Field
+
+from finetune.decoding.common import Generated, check_length, most_likely, until_eos, writing
+from pretrain.config import Section
+from pretrain.models import EncoderDecoder, SourceRows, Stream, pack_streams
+from pretrain.models.patterns import FirstRow, mask_rows
+from pretrain.models.soft_exit import decode_soft
+
+
+class SoftExitDecoding(Section):
+    """max_length: longest text in tokens, with BOS and EOS; the decoder has a row for each but BOS."""
+
+    max_length: int = Field(64, ge=3)
+
+
+def soft_exit(model: EncoderDecoder, source: SourceRows, first_row: FirstRow, options: SoftExitDecoding) -> Generated:
+    """Texts for packed sources. Score: mean log-probability of the tokens with EOS. Special ids are never written.
+
+    Raises:
+        ConfigError: if `max_length` exceeds the model's positions.
+    """
+    check_length(model, options.max_length)
+    if not source.n_samples:
+        return Generated([], [], 0)
+    ids, n = model.ids, options.max_length - 1
+    tokens, places, nothing = mask_rows(n, ids, first_row), np.arange(n), np.zeros(n, np.int64)
+    streams = [
+        Stream(tokens, places, [(n, n, 0, 0, 0, 0)], source.memory_range(index), (0, n), nothing, term=0)
+        for index in range(source.n_samples)
+    ]
+    device = model.shared.weight.device
+    with writing(model):
+        rows = pack_streams(streams, source.mask.n_rows)[0].to(device)
+        states = decode_soft(model, rows, model.encode(source))
+        token_L, score_L = most_likely(model, states[-1], [ids.bos, ids.pad, ids.mask, ids.unk])
+    return until_eos(token_L.cpu().split(n), score_L.cpu().split(n), ids.eos, passes=1)
