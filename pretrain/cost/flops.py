@@ -55,9 +55,9 @@ def batch_flops(config: ModelConfig, batch: TokenBatch) -> Flops:
     vocabulary = config.vocab_size or 0
     return Flops(
         encoder=config.encoder_layers * n_source * (4 * projection + feed_forward),
-        decoder=decoder,
+        decoder=decoder + batch.fed_rows * 4 * width * width,
         attention=4 * width * pairs,
-        heads=2 * width * (len(rows.out_L) * vocabulary + source.n_samples * config.length_classes),
+        heads=2 * width * (batch.head_rows * vocabulary + source.n_samples * config.length_classes),
     )
 
 

@@ -110,11 +110,14 @@ def activation_bytes(
     def decoder_layer(work: LayerWork) -> float:
         floats = work.rows * (12 * width + 2 * config.ffn_dim + 3 * width * dropped)
         masks = work.self_mask, work.cross_mask
+        if work.gathered:  # the table of states, and a key and value for each that is read
+            floats += width * (work.keys + 2 * max(0, work.self_mask.n_keys - work.rows))
         return floats + 2 * width * sum(map(_copied, masks)) + scores(*masks)
 
     encoder = n_source * (9 * width + 2 * config.ffn_dim + 2 * width * dropped) + scores(source.mask)
     decoder = [decoder_layer(work) for work in rows.work(config.decoder_layers)]
     kept = (n_source + n_rows) * width * (1 + dropped) + (n_source + n_rows) * width
+    kept += 3 * width * batch.fed_rows
     if checkpointing:
         inputs = config.encoder_layers * n_source + config.decoder_layers * n_rows
         floats = kept + inputs * width + max(encoder, *decoder)

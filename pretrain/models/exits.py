@@ -92,7 +92,7 @@ class ExitRows:
         """What each of the decoder's layers computes; there must be as many as exits were planned for."""
         if layers != len(self.layers):
             raise ValueError(f"exits were planned for {len(self.layers)} decoder layers, got {layers}")
-        return [LayerWork(len(x.active_A), x.states, x.self_mask, x.cross_mask) for x in self.layers]
+        return [LayerWork(len(x.active_A), x.states, x.self_mask, x.cross_mask, True) for x in self.layers]
 
     def to(self, device: torch.device) -> "ExitRows":
         moved = to_device(self, device)

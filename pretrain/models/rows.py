@@ -17,12 +17,16 @@ RowsT = TypeVar("RowsT", bound=Any)
 
 
 class LayerWork(NamedTuple):
-    """What a decoder layer computes: rows with queries and outputs, keys that it projects, and who reads whom."""
+    """What a decoder layer computes: rows with queries and outputs, keys that it projects, and who reads whom.
+
+    gathered: whether the keys that are read are copies of those that were projected.
+    """
 
     rows: int
     keys: int
     self_mask: SampleMask
     cross_mask: SampleMask
+    gathered: bool = False
 
 
 def to_device(rows: RowsT, device: torch.device) -> RowsT:

@@ -48,6 +48,16 @@ class TokenBatch:
     def n_tokens(self) -> int:
         return sum(self.n_target)
 
+    @property
+    def head_rows(self) -> int:
+        """Rows that are projected onto the vocabulary."""
+        return len(self.target_L)
+
+    @property
+    def fed_rows(self) -> int:
+        """Rows whose state is mixed with what they would write."""
+        return 0
+
     def to(self, device: torch.device) -> "TokenBatch":
         moved: dict[str, Any] = {
             name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)

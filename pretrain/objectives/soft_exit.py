@@ -67,6 +67,14 @@ class GivenBatch(TokenBatch):
 
     given_BR: Tensor
 
+    @property
+    def head_rows(self) -> int:
+        return (len(self.given_BR) + 1) * len(self.target_L)
+
+    @property
+    def fed_rows(self) -> int:
+        return self.given_BR.numel()
+
 
 class SoftExit:
     """The objective on packed rows; row i, at position i, predicts t[i + 1] after every layer."""

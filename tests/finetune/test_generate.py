@@ -65,5 +65,5 @@ def test_bad_runner_options() -> None:
     about = description(("ar", "nar"), ArLayout.aligned("bos_first", IDS))
     with pytest.raises(ConfigError, match=r"`decoding\.beam` must be greater than or equal to 1, got 0"):
         runners.build({"name": "ar", "decoding": {"beam": 0}}, about)
-    with pytest.raises(ConfigError, match="must be one of ar, nar, .*got 'elmer'"):
+    with pytest.raises(ConfigError, match=r"must be one of ar, nar, .*got 'elmer'"):
         runners.build({"name": "elmer"}, about)

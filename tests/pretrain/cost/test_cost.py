@@ -21,14 +21,19 @@ from pretrain.engine import build
 from pretrain.models import EncoderDecoder, layers
 from pretrain.objectives import ObjectiveModule
 from tests.distributed_helper import run_ranks
-from tests.pretrain.objectives.cases import IDS, SHAPE, VOCAB, WHOLE, examples, tiny_model, unit_scale
+from tests.pretrain.objectives.cases import IDS, SHAPE, VOCAB, WHOLE, examples, fitted, tiny_model, unit_scale
 
-NAMES = ("janus", "cmlm", "denoise")
+NAMES = ("janus", "cmlm", "denoise", "lplm", "soft_exit")
 FEW = OptimConfig(lr=0.01)
 
 
-def objective_of(name, **options):
-    return objectives.build({"name": name, **options}, IDS, None, SHAPE)
+def objective_of(name, layers=2, **options):
+    shape = SHAPE.model_copy(update={"decoder_layers": layers})
+    return objectives.build({"name": name, **options}, IDS, None, shape)
+
+
+def model_for(name, **changes):
+    return tiny_model(soft_exit=name == "soft_exit", **changes)
 
 
 def counted(step):
@@ -40,8 +45,8 @@ def counted(step):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("share", [True, False])
 def test_linear_layers_and_heads_cost_what_torch_counts(name, share):
-    model, objective = tiny_model(), objective_of(name, **({"share_encoder": share} if name == "janus" else {}))
-    batch = objective.collate(examples())
+    model, objective = model_for(name), objective_of(name, **({"share_encoder": share} if name == "janus" else {}))
+    batch = objective.collate(fitted(objective, examples()))
     flops = batch_flops(model.config, batch)
 
     def step():
@@ -49,7 +54,9 @@ def test_linear_layers_and_heads_cost_what_torch_counts(name, share):
 
     found = counted(step)
     # the counter does not know addmm_, which adds up the gradient of the vocabulary's weight
-    unseen = 2 * len(batch.target_L) * model.config.d_model * VOCAB
+    unseen = 2 * batch.head_rows * model.config.d_model * VOCAB
+    if name == "soft_exit":  # what is fed back is looked up by the same product, once more and without gradient
+        unseen -= 2 * len(batch.target_L) * model.config.d_model * VOCAB
     linear = flops.training - 3 * flops.attention
     assert linear == found["aten.mm"] + found["aten.addmm"] + unseen
 
@@ -66,12 +73,12 @@ def test_attention_costs_what_its_definition_counts_where_every_row_reads_every_
 
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_counts_the_pairs_of_the_masks_and_samples_add_up(name):
-    model, objective, given = tiny_model(decoder_layers=3), objective_of(name), examples()
+    model, objective = model_for(name, decoder_layers=3), objective_of(name, 3)
+    given = fitted(objective, examples())
     batch = objective.collate(given)
-    rows = batch.rows
     pairs = 2 * batch.source.mask.materialise().sum()
-    pairs += 2 * (rows.self_mask.materialise().sum() + rows.cross_mask.materialise().sum())
-    pairs += rows.out_self_mask.materialise().sum() + rows.out_cross_mask.materialise().sum()
+    for work in batch.rows.work(3):
+        pairs += work.self_mask.materialise().sum() + work.cross_mask.materialise().sum()
     flops = batch_flops(model.config, batch)
     assert flops.attention == 4 * model.config.d_model * int(pairs)
     apart = [batch_flops(model.config, objective.collate([one])) for one in given]
@@ -114,7 +121,8 @@ def test_activations_are_what_autograd_saves(name, shape, checkpointing):
             "length_classes": 24, "max_positions": 128, **shape,
         }
     )  # fmt: skip
-    model, objective, rng = EncoderDecoder(config, IDS, checkpointing), objective_of(name), np.random.default_rng(0)
+    config = config.model_copy(update={"soft_exit": name == "soft_exit"})
+    model, objective, rng = EncoderDecoder(config, IDS, checkpointing), objective_of(name, 3), np.random.default_rng(0)
     batch = objective.collate([objective.corrupt(rng.integers(5, 200, n), WHOLE, rng) for n in (64, 54, 34, 60)])
     weights = {value.untyped_storage().data_ptr() for value in model.state_dict(keep_vars=True).values()}
     kept: dict[int, torch.Tensor] = {}

@@ -5,7 +5,7 @@ import torch
 
 from pretrain.models.golden import golden
 from pretrain.objectives import build
-from tests.pretrain.objectives.cases import IDS, SHAPE, examples, tiny_model, unit_scale
+from tests.pretrain.objectives.cases import IDS, SHAPE, examples, fitted, tiny_model, unit_scale
 
 OPTIONS = [{"positions": "sinusoidal"}, {"logits_bias": True}, {"positions": "sinusoidal", "norm": "pre"}, {}]
 
@@ -21,17 +21,19 @@ def in_16_bits(dtype, everything, changes):
 
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=lambda changes: "-".join(map(str, changes.values())) or "plain")
-@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise"])
+@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm", "soft_exit"])
 @pytest.mark.parametrize("everything", [False, True], ids=["weights", "all"])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_losses_gradients_and_previews(dtype, allowed, everything, name, changes):
+    changes = {**changes, "soft_exit": name == "soft_exit"}
     model, exact = in_16_bits(dtype, everything, changes), tiny_model(**changes)
     if exact.head.bias_V is not None:
         for one in (model, exact):
             one.head.bias_V.copy_(torch.linspace(-1, 1, len(one.head.bias_V)))
     exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
-    objective = build({"name": name}, IDS, None, SHAPE)
-    batch = objective.collate(examples())
+    given = {"given": 1.0} if name == "soft_exit" else {}  # an argmax in 16 bits may be another
+    objective = build({"name": name, **given}, IDS, None, SHAPE)
+    batch = objective.collate(fitted(objective, examples()))
     scale = unit_scale(objective, batch)
     totals = []
     for one in (model, exact):
@@ -49,9 +51,10 @@ def test_losses_gradients_and_previews(dtype, allowed, everything, name, changes
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=lambda changes: "-".join(map(str, changes.values())) or "plain")
 def test_logits_of_every_mode(changes):
+    changes = {**changes, "soft_exit": True}
     model, exact = in_16_bits(torch.bfloat16, False, changes), tiny_model(**changes)
     exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
     layout = build({"name": "janus"}, IDS, None, SHAPE).layout
-    ours, theirs = (golden(one, layout, ("ar", "nar", "causal")) for one in (model, exact))
+    ours, theirs = (golden(one, layout, ("ar", "nar", "causal", "hard_exit")) for one in (model, exact))
     for name, value in theirs.items():
         assert (ours[name].double() - value).norm() <= 0.05 * value.double().norm(), name

@@ -32,6 +32,14 @@ def examples(seed=0, sizes=((5, 7, 3), (3, 4, 0), (8, 6, 6), (2, 9, 1))):
     return made
 
 
+def fitted(objective, given, seed=0):
+    """`given` as the objective wants it: some draw more than which tokens are masked."""
+    if not {"hard_exit", "soft_exit"} & set(objective.modes):
+        return given
+    rng = np.random.default_rng(seed)
+    return [objective.corrupt_pair(example.source, example.target, rng) for example in given]
+
+
 def unit_scale(objective, batch):
     return {name: weight / max(1, objective.counts(batch)[name]) for name, weight in objective.weights.items()}
 

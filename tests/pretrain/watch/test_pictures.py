@@ -16,7 +16,7 @@ from pretrain.watch import pictures
 from pretrain.watch.cosine import GradientCosine, check
 from pretrain.watch.pictures import CELL, COLOURS, INK, WHITE, mask_pictures
 from tests.distributed_helper import run_ranks
-from tests.pretrain.objectives.cases import IDS, SHAPE, examples, tiny_model, unit_scale
+from tests.pretrain.objectives.cases import IDS, SHAPE, examples, fitted, tiny_model, unit_scale
 from tests.pretrain.test_hooks import report
 
 CPU = World(0, 1, 0, torch.device("cpu"))
@@ -38,9 +38,10 @@ def read_back(image, colours, rows, keys):
     return hit[top + centre : top + CELL * rows : CELL, left + centre : left + CELL * keys : CELL]
 
 
-@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise"])
+@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm", "soft_exit"])
 def test_the_picture_is_the_mask(name):
-    batch = objective_of(name).collate(examples(sizes=((4, 5, 2),)))
+    objective = objective_of(name)
+    batch = objective.collate(fitted(objective, examples(sizes=((4, 5, 2),))))
     drawn = mask_pictures(batch, IDS, lambda ids: f"w{ids[0]}")
     for image in drawn.values():
         assert image.dtype == np.uint8 and image.shape[2] == 3
