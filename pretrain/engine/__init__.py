@@ -13,6 +13,7 @@ from torch import distributed as dist
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.distributed import World, shared, together
 from pretrain.engine.base import Engine, StepResult
+from pretrain.engine.calls import CallGuard
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import ObjectiveModule
 
@@ -42,14 +43,18 @@ def build(
     if world.size > 1:
         for value in module.state_dict().values():
             dist.broadcast(value, src=0)
+    guard = CallGuard(module, world) if config.check_calls else None  # its hooks must come before the engine's
+    engine: Engine
     if config.kind == "local":
         from pretrain.engine.local import LocalEngine
 
-        return LocalEngine(config, optim, module, world)
-    # deepspeed takes seconds to import, and plain-torch runs must work without it
-    from pretrain.engine.deepspeed import DeepSpeedEngine
+        engine = LocalEngine(config, optim, module, world)
+    else:  # deepspeed takes seconds to import, and plain-torch runs must work without it
+        from pretrain.engine.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(config, optim, module, world, user or {})
+        engine = DeepSpeedEngine(config, optim, module, world, user or {})
+    engine.guard = guard
+    return engine
 
 
 def _check(config: EngineConfig, world: World) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.distributed import World
+from pretrain.engine.calls import CallGuard
 from pretrain.objectives.base import LossSums, ObjectiveModule, Packed
 
 
@@ -38,6 +39,7 @@ class Engine(ABC):
     module: ObjectiveModule
     world: World
     loss_factor: float
+    guard: CallGuard | None = None
     _adam: torch.optim.Optimizer
 
     def accumulate(self, batches: Sequence[Packed], scale: Mapping[str, float]) -> LossSums:
@@ -54,6 +56,7 @@ class Engine(ABC):
         for index, batch in enumerate(batches):
             terms = self._forward_backward(batch.to(self.world.device), scale, last=index == len(batches) - 1)
             _add(sums, terms)
+        self._no_more_calls()
         return sums
 
     @torch.no_grad()
@@ -64,6 +67,7 @@ class Engine(ABC):
         sums: LossSums = {}
         for batch in batches:
             _add(sums, self._forward(batch.to(self.world.device), scale))
+        self._no_more_calls()
         self.module.train()
         return sums
 
@@ -131,6 +135,10 @@ class Engine(ABC):
         """Sets what `loss_scale_state` returned."""
 
     # ---------------------------------------------------------- implementation
+
+    def _no_more_calls(self) -> None:
+        if self.guard is not None:
+            self.guard.end()
 
     def _open_window(self) -> None:  # noqa: B027 - most engines have nothing to prepare
         """Called before the first micro-batch of an update."""
