@@ -15,6 +15,7 @@ sys.path[:0] = [str(BENCH), str(BENCH.parent.parent)]
 
 import attention  # noqa: E402
 import data  # noqa: E402
+import exits  # noqa: E402
 import latency  # noqa: E402
 import masks  # noqa: E402
 import steps  # noqa: E402
@@ -28,6 +29,7 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "janus": steps.janus_rows,
     "padded": lambda: [steps.padded_row()],
     "vocab": vocab.rows,
+    "lplm": exits.rows,
     "data": data.rows,
     "nar_latency": lambda: [latency.nar_row()],
     "ar_latency": lambda: [latency.ar_row()],

@@ -44,12 +44,13 @@ class ExitLayer:
     """What one layer does with the table of states that it reads.
 
     states: rows of the table, of which the first `frozen` left in earlier layers. active_A: states that it computes.
-    key_K: the states behind the keys of `self_mask`. left_N, stays_S: outputs that leave after it, and that go on.
+    key_K: the states behind the keys of `self_mask`. Both are None where they are the whole table in order.
+    left_N, stays_S: outputs that leave after it, and that go on.
     """
 
     states: int
-    active_A: Tensor
-    key_K: Tensor
+    active_A: Tensor | None
+    key_K: Tensor | None
     self_mask: SampleMask
     cross_mask: SampleMask
     frozen: int
@@ -92,7 +93,9 @@ class ExitRows:
         """What each of the decoder's layers computes; there must be as many as exits were planned for."""
         if layers != len(self.layers):
             raise ValueError(f"exits were planned for {len(self.layers)} decoder layers, got {layers}")
-        return [LayerWork(len(x.active_A), x.states, x.self_mask, x.cross_mask, True) for x in self.layers]
+        return [
+            LayerWork(x.self_mask.n_rows, x.states, x.self_mask, x.cross_mask, x.key_K is not None) for x in self.layers
+        ]
 
     def to(self, device: torch.device) -> "ExitRows":
         moved = to_device(self, device)
@@ -125,8 +128,8 @@ def pack_exits(samples: Sequence[ExitSample], layers: int, n_memory: int, detach
         plans.append(
             ExitLayer(
                 n_states,
-                _tensor(place_P[units.pairs]),
-                _tensor(place_P[units.keys]),
+                _places(place_P[units.pairs], n_states),
+                _places(place_P[units.keys], n_states),
                 _mask(units.block_A, units.blocks, len(units.keys)),
                 _mask(copies.sample_P[units.pairs], [sample.memory for sample in samples], n_memory),
                 frozen,
@@ -232,6 +235,10 @@ def _mask(block_A: np.ndarray, blocks: Sequence[tuple[int, int]], n_keys: int) -
     starts = np.cumsum(rows) - rows
     table = [(int(starts[b]), int(rows[b]), *blocks[b], 0, 0, 0, 0) for b in np.flatnonzero(rows).tolist()]
     return SampleMask.build(table, n_keys)
+
+
+def _places(states: np.ndarray, n_states: int) -> Tensor | None:
+    return None if np.array_equal(states, np.arange(n_states)) else _tensor(states)
 
 
 def _flat(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -109,9 +109,10 @@ class DecoderLayer(nn.Module):
         y_RD = self.self_attn_layer_norm(x_RD) if self.pre_norm else x_RD
         k_KHE, v_KHE = self.self_attn.keys_values(y_RD[:n_keys])
         if key_K is not None:
-            k_KHE, v_KHE = k_KHE[key_K], v_KHE[key_K]
+            k_KHE, v_KHE = k_KHE.index_select(0, key_K), v_KHE.index_select(0, key_K)
         if out_L is not None:
-            x_RD, y_RD = x_RD[out_L], y_RD[out_L]
+            x_RD = x_RD.index_select(0, out_L)
+            y_RD = y_RD.index_select(0, out_L) if self.pre_norm else x_RD
         memory = self.encoder_attn.keys_values(memory_MD)
         return self.rows(x_RD, y_RD, (k_KHE, v_KHE), memory, self_mask, cross_mask)
 

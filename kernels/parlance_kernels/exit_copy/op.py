@@ -40,5 +40,5 @@ def exit_copy(
             f"exit_copy: `frozen` must be 0..{len(table_UD)} and both widths {table_UD.shape[1]}, "
             f"got {frozen} and {out_AD.shape[1]}"
         )
-    left_ND = out_AD[left_N]
-    return torch.cat([table_UD[:frozen], left_ND.detach() if detach else left_ND, out_AD[stays_S]]), left_ND
+    left_ND, stays_SD = out_AD.index_select(0, left_N), out_AD.index_select(0, stays_S)
+    return torch.cat([table_UD[:frozen], left_ND.detach() if detach else left_ND, stays_SD]), left_ND
