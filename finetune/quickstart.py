@@ -11,30 +11,61 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pretrain.errors import DataError
 
 TASK = "stdlib-summaries"
-RUNNERS = ("ar", "nar")
-WAYS = {
+
+
+@dataclass(frozen=True)
+class Story:
+    """What is pre-trained, and in which ways it then learns to write.
+
+    objective: overrides of the configuration. ways: {line of the table: (runner, options of its decoder)}.
+    """
+
+    objective: tuple[str, ...]
+    ways: Mapping[str, tuple[str, Mapping[str, Any]]]
+
+    @property
+    def runners(self) -> list[str]:
+        return list(dict.fromkeys(runner for runner, _ in self.ways.values()))
+
+
+BOTH_WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AR, beam 4": ("ar", {"beam": 4}),
     "NAR, 1 pass": ("nar", {"iterations": 0}),
     "NAR, 5 passes": ("nar", {"iterations": 4}),
+}
+EXITS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "all layers": ("hard_exit", {"threshold": 0.0}),
+    "hard exit at 0.5": ("hard_exit", {"threshold": 0.5}),
+    "soft exit": ("soft_exit", {}),
+}
+# Of ELMER two permutations a step: the paper's ten are for machines with GPUs.
+STORIES = {
+    **{name: Story((f"objective.name={name}",), BOTH_WAYS) for name in ("janus", "cmlm", "denoise")},
+    "elmer": Story(("objective.name=lplm", "objective.copies=2"), EXITS),
 }
 
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Where it works and how long it trains."""
+    """Where it works and how long it trains. objective: a name in `STORIES`."""
 
     folder: Path
     objective: str
     steps: int | None
     tune_steps: int | None
     sentences: int
+
+    @property
+    def story(self) -> Story:
+        return STORIES[self.objective]
 
     @property
     def run(self) -> str:
@@ -50,7 +81,7 @@ class Quickstart:
     def pretrain(self) -> None:
         """Two ranks, ZeRO-2."""
         overrides = [f"name={self.run}", f"runs={self.folder}/runs", f"data.path={self.folder}/data"]
-        overrides += [f"objective.name={self.objective}", *(f"train.steps={n}" for n in [self.steps] if n)]
+        overrides += [*self.story.objective, *(f"train.steps={n}" for n in [self.steps] if n)]
         launch = ["deepspeed", "--num_gpus", "2", "--module", "pretrain", "train", "configs/pretrain/quickstart.yaml"]
         command(*launch, *overrides)
 
@@ -63,7 +94,7 @@ class Quickstart:
         if self._step(fresh) == last:
             shutil.rmtree(fresh)
             return
-        for old in (self.bundle, *(self.folder / "runs" / self.tuned(runner) for runner in RUNNERS)):
+        for old in (self.bundle, *(self.folder / "runs" / self.tuned(runner) for runner in self.story.runners)):
             shutil.rmtree(old, ignore_errors=True)
         fresh.rename(self.bundle)
 
@@ -90,11 +121,11 @@ class Quickstart:
         """Losses, then quality and latency of each way to write."""
         runs = self.folder / "runs"
         lines = [f"{'loss':34}{'first':>8}{'last':>8}"]
-        for name in (self.run, self.tuned("ar"), self.tuned("nar")):
+        for name in (self.run, *map(self.tuned, self.story.runners)):
             for term, first, last in losses(runs / name / "tb"):
                 lines.append(f"{name + ' ' + term:34}{first:8.2f}{last:8.2f}")
         lines += ["", f"{'test set of ' + TASK:24}{'ROUGE-1':>9}{'ROUGE-L':>9}{'ms a sentence':>15}{'passes':>9}"]
-        return [*lines, *(self._written(way) for way in WAYS)]
+        return [*lines, *(self._written(way) for way in self.story.ways)]
 
     def _written(self, way: str) -> str:
         """Writes the test sources one by one, as the papers time it, and scores the texts."""
@@ -103,7 +134,7 @@ class Quickstart:
         from finetune.score import score
         from finetune.tasks.pairs import read_lines
 
-        mode, options = WAYS[way]
+        mode, options = self.story.ways[way]
         run = self.folder / "runs" / self.tuned(mode)
         source, target, texts = (run / "task" / f"test.{kind}" for kind in ("source", "target", way.replace(" ", "-")))
         few = {}
@@ -124,7 +155,7 @@ class Quickstart:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs every step; stops with the exit code of the first that fails."""
     parser = argparse.ArgumentParser(prog="python -m finetune.quickstart", description=__doc__)
-    parser.add_argument("--objective", default="janus", choices=("janus", "cmlm", "denoise"))
+    parser.add_argument("--objective", default="janus", choices=tuple(STORIES))
     parser.add_argument("--steps", type=int, help="updates of pre-training; default: the configuration's")
     parser.add_argument("--tune-steps", type=int, help="updates of each fine-tuning; default: the configurations'")
     parser.add_argument("--sentences", type=int, default=100, help="test sentences to write, one at a time")
@@ -136,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work.data()
         work.pretrain()
         work.handoff()
-        for runner in RUNNERS:
+        for runner in work.story.runners:
             work.finetune(runner)
     except subprocess.CalledProcessError as error:
         return error.returncode
@@ -146,9 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{minutes} min {seconds} s in all. Look further:")
     print(f"  tensorboard --logdir {work.folder}/runs")
     print(f"  make quickstart OBJECTIVE={work.objective} STEPS=2000        # resumes where this ended")
-    print(
-        "  deepspeed --module pretrain train configs/pretrain/janus_base.yaml data.path=DIR init_from=null   # on GPUs"
-    )
+    base, more = ("elmer_base", "") if work.objective == "elmer" else ("janus_base", " init_from=null")
+    print(f"  deepspeed --module pretrain train configs/pretrain/{base}.yaml data.path=DIR{more}   # on GPUs")
     return 0
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "objective", ["janus", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cmlm", "denoise"))]
+    "objective", ["janus", "elmer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cmlm", "denoise"))]
 )
 def test_ends_with_its_table(objective: str, tmp_path: Path) -> None:
     cut = ["--steps", "2", "--tune-steps", "2", "--sentences", "4", "--folder", str(tmp_path)]
@@ -25,8 +25,11 @@ def test_ends_with_its_table(objective: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     table = done.stdout[done.stdout.rindex("loss ") :]
-    term = {"janus": "ar", "cmlm": "nar", "denoise": "ar"}[objective]
-    for row in (f"quickstart-{objective} {term}", f"quickstart-{objective}-nar nar", "AR, beam 4", "NAR, 5 passes"):
+    term = {"janus": "ar", "cmlm": "nar", "denoise": "ar", "elmer": "lplm"}[objective]
+    rows = [f"quickstart-{objective}-nar nar", "AR, beam 4", "NAR, 5 passes"]
+    if objective == "elmer":
+        rows = ["quickstart-elmer-soft_exit exit_3", "quickstart-elmer-hard_exit", "hard exit at 0.5", "soft exit"]
+    for row in (f"quickstart-{objective} {term}", *rows):
         assert row in table, table
     assert "tensorboard --logdir" in table
     assert list((tmp_path / "runs").glob("*/tb/*"))
