@@ -16,6 +16,7 @@ from pretrain.errors import UsageError
 OPTIONS = {
     "ar": ("beam", "length_penalty", "max_length"),
     "nar": ("iterations", "length_beam", "length_choice", "early_stop", "max_length"),
+    "hard_exit": ("threshold", "rows", "test_layers", "max_length"),
     "soft_exit": ("max_length",),
 }
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line.run(
         "finetune",
         "Tune a hand-off bundle for a task, write texts with it, score them.",
-        (_train, _generate, _score),
+        (_train, _generate, _score, _sweep_threshold),
         arguments,
     )
 
@@ -46,7 +47,7 @@ def _run_train(given: argparse.Namespace) -> None:
 def _generate(commands: Commands) -> None:
     parser = commands.add_parser("generate", help="write a text for each line of a file")
     parser.add_argument("bundle", metavar="BUNDLE", help="folder of a hand-off bundle, tuned or not")
-    parser.add_argument("--mode", required=True, choices=tuple(OPTIONS), help="left to right, or all tokens at once")
+    parser.add_argument("--mode", required=True, choices=tuple(OPTIONS), help="how to write")
     parser.add_argument("--input", required=True, metavar="FILE", help="one source a line; - is stdin")
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="one text a line, in the same order; - is stdout"
@@ -63,7 +64,15 @@ def _generate(commands: Commands) -> None:
     parallel.add_argument("--length-beam", type=int, metavar="K", help="candidate lengths")
     parallel.add_argument("--length-choice", choices=("contiguous", "topk"), help="around the likeliest, or likeliest")
     parallel.add_argument("--early-stop", action="store_true", default=None, help="stop a text that no longer changes")
+    leaving = parser.add_argument_group("with --mode hard_exit")
+    leaving.add_argument("--threshold", type=float, metavar="D", help="nats: a token leaves where its entropy is below")
+    leaving.add_argument("--rows", choices=("fixed", "predicted"), help="as many as --max-length, or as predicted")
+    leaving.add_argument("--test-layers", type=_layers, metavar="N,..", help="layers after which tokens may leave")
     parser.set_defaults(run=_run_generate)
+
+
+def _layers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _run_generate(given: argparse.Namespace) -> None:
@@ -107,6 +116,35 @@ def _run_score(given: argparse.Namespace) -> None:
         return
     for name, value in scores.values.items():
         print(f"{name:8} {value:6.2f}   {scores.signatures[name]}")
+
+
+def _sweep_threshold(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "sweep-threshold", help="quality, exit layers, operations and time of hard exits by threshold: table and PNG"
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder of a bundle with mode hard_exit")
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="PAIRS", help="TSV of source and target, or two parallel files"
+    )
+    parser.add_argument("--thresholds", type=float, nargs="+", metavar="D", default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--output", default="sweep-threshold.png", metavar="FILE", help="the picture")
+    parser.add_argument("--rows", choices=("fixed", "predicted"), help="as in generate")
+    parser.add_argument("--test-layers", type=_layers, metavar="N,..", help="as in generate")
+    parser.add_argument("--max-length", type=int, metavar="L", help="as in generate")
+    parser.add_argument("--sentences", type=int, metavar="N", help="the first N pairs only")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.set_defaults(run=_run_sweep_threshold)
+
+
+def _run_sweep_threshold(given: argparse.Namespace) -> None:
+    from finetune.sweep import sweep_threshold
+
+    if given.sentences is not None and given.sentences < 1:
+        raise UsageError(f"`--sentences` must be at least 1, got {given.sentences}")
+    names = ("rows", "test_layers", "max_length")
+    options = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    data = given.data[0] if len(given.data) == 1 else given.data
+    sweep_threshold(given.bundle, data, given.thresholds, given.output, options, given.sentences, given.device)
 
 
 if __name__ == "__main__":

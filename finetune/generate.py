@@ -13,11 +13,12 @@ import torch
 
 from finetune import runners
 from finetune.corpus import enclose
-from finetune.decoding import Generated
+from finetune.decoding import Exits, Generated
 from finetune.runners import Runner
 from finetune.tasks import one_line
 from finetune.tasks.pairs import read_lines
 from pretrain.bundles.bundle import load_bundle
+from pretrain.bundles.description import Description
 from pretrain.data.files import write_atomic
 from pretrain.data.tokenizer import TextTokenizer
 from pretrain.errors import DataError, UsageError
@@ -25,7 +26,7 @@ from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.rows import to_device
 
 # What a bundle must be able to do for each --mode; plain BART writes left to right on its content stream.
-NEEDS = {"ar": ("ar", "causal"), "nar": ("nar",), "soft_exit": ("soft_exit",)}
+NEEDS = {"ar": ("ar", "causal"), "nar": ("nar",), "hard_exit": ("hard_exit",), "soft_exit": ("soft_exit",)}
 STANDARD = "-"
 
 
@@ -34,7 +35,8 @@ class Written:
     """The texts of some sources and what they cost.
 
     texts: one line each. passes: decoder passes of each batch. seconds: encoding and decoding, without tokenisation.
-    cut: sources shortened to `max_source` tokens. repeats: tokens that `dedup` removed.
+    cut: sources shortened to `max_source` tokens. repeats: tokens that `dedup` removed. exits: where tokens left the
+    decoder, if they did so early.
     """
 
     texts: list[str]
@@ -43,6 +45,7 @@ class Written:
     max_source: int
     cut: int = 0
     repeats: int = 0
+    exits: Exits | None = None
 
     def report(self) -> str:
         """One line for people: passes, speed and whatever was done to the texts."""
@@ -50,6 +53,7 @@ class Written:
         passes = f"{min(self.passes)} to {max(self.passes)}" if len(set(self.passes)) > 1 else f"{self.passes[0]}"
         notes = f", {self.cut} sources cut to {self.max_source} tokens" if self.cut else ""
         notes += f", dedup removed {self.repeats} tokens" if self.repeats else ""
+        notes += f", {self.exits.report()}" if self.exits else ""
         return (
             f"{lines} sentences in {len(self.passes)} batch(es), {passes} decoder passes a batch, "
             f"{lines / self.seconds:.1f} sentences/s, {1000 * self.seconds / lines:.2f} ms a sentence{notes}"
@@ -74,18 +78,21 @@ def write_texts(
     encoded = tokenizer.encode_batch([one_line(source) for source in sources])
     rows = [enclose(tokens[: max_source - 2], ids) for tokens in encoded]
     texts, passes, seconds, repeats = [""] * len(rows), [], 0.0, 0
+    exits: Exits | None = None
     for batch in batches([len(row) for row in rows], batch_tokens):
         source = to_device(SourceRows.pack([rows[index] for index in batch]), device)
         started = time.perf_counter()
         made: Generated = runner.generate(model, source)  # results are on the host, so the device is done
         seconds += time.perf_counter() - started
         passes.append(made.passes)
+        if made.exits:
+            exits = made.exits if exits is None else exits + made.exits
         for index, tokens in zip(batch, made.tokens, strict=True):
             kept = without_repeats(tokens) if dedup else tokens
             repeats += len(tokens) - len(kept)
             texts[index] = one_line(tokenizer.decode(kept))
     cut = sum(len(tokens) > max_source - 2 for tokens in encoded)
-    return Written(texts, passes, seconds, max_source, cut, repeats)
+    return Written(texts, passes, seconds, max_source, cut, repeats, exits)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -125,20 +132,12 @@ def generate(
         raise UsageError(f"`--output` must be another file than `--input`, both are `{target_file}`")
     bundle = load_bundle(bundle_path)
     description = bundle.description
-    modes = description.modes
-    if not set(NEEDS[mode]) & set(modes):
-        wanted = " or ".join(NEEDS[mode])
-        raise UsageError(f"`--mode` {mode} needs a bundle with mode {wanted}, `{bundle_path}` has {', '.join(modes)}")
-    if mode == "nar" and not description.length_trained:
-        raise UsageError(
-            f"`--mode` nar needs a trained length predictor, that of `{bundle_path}` never was: tune the bundle first, "
-            "`python -m finetune train` with `runner.name=nar`"
-        )
+    check_mode(description, bundle_path, mode)
     sources = _stdin_lines() if source_file == STANDARD else read_lines(source_file)
     if not sources:
         raise DataError(f"`{source_file}` must hold at least one line, it is empty")
     runner = runners.build({"name": mode, "decoding": dict(options)}, description)
-    model = bundle.model.to(_device(device))
+    model = bundle.model.to(device_named(device))
     written = write_texts(model, bundle.tokenizer, runner, sources, description.longest_source, batch_tokens, dedup)
     text = "".join(f"{line}\n" for line in written.texts)
     if target_file == STANDARD:
@@ -151,7 +150,21 @@ def generate(
     return written
 
 
-def _device(name: str) -> torch.device:
+def check_mode(description: Description, bundle_path: str, mode: str) -> None:
+    """Raises UsageError if the bundle cannot write in `mode`."""
+    modes = description.modes
+    if not set(NEEDS[mode]) & set(modes):
+        wanted = " or ".join(NEEDS[mode])
+        raise UsageError(f"`--mode` {mode} needs a bundle with mode {wanted}, `{bundle_path}` has {', '.join(modes)}")
+    if mode == "nar" and not description.length_trained:
+        raise UsageError(
+            f"`--mode` nar needs a trained length predictor, that of `{bundle_path}` never was: tune the bundle first, "
+            "`python -m finetune train` with `runner.name=nar`"
+        )
+
+
+def device_named(name: str) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` means here; raises UsageError where there is none."""
     on_cuda = torch.cuda.is_available()
     if name == "cuda" and not on_cuda:
         raise UsageError("`--device` cuda needs a CUDA device, found none")

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder
-
-MAX_LOGITS = 1 << 25  # entries of a logits block: 128 MiB in float32
+from pretrain.models.encoder_decoder import MAX_LOGITS
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,44 @@ class Generated:
     """The texts of a batch of sources.
 
     tokens: int64 [N] per source, without BOS and EOS. scores: what the decoder ranks hypotheses by (see there).
-    passes: how often the decoder ran over this batch.
+    passes: how often the decoder ran over this batch. exits: where tokens left the decoder, if they did so early.
     """
 
     tokens: list[np.ndarray]
     scores: list[float]
     passes: int
+    exits: "Exits | None" = None
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Where written tokens left the decoder, EOS counted, and what that took.
+
+    tokens: their number for each layer. flops: of the decoder with its off-ramps, of which `ramp_flops` are those.
+    """
+
+    tokens: tuple[int, ...]
+    flops: int
+    ramp_flops: int
+
+    def __add__(self, other: "Exits") -> "Exits":
+        tokens = tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True))
+        return Exits(tokens, self.flops + other.flops, self.ramp_flops + other.ramp_flops)
+
+    @property
+    def mean(self) -> float:
+        """Mean exit layer, counted from 1."""
+        return sum(number * count for number, count in enumerate(self.tokens, start=1)) / max(1, sum(self.tokens))
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the tokens that left after each layer."""
+        return [count / max(1, sum(self.tokens)) for count in self.tokens]
+
+    def report(self) -> str:
+        """The same for people."""
+        shares = " ".join(f"{number}: {100 * share:.0f} %" for number, share in enumerate(self.shares, start=1))
+        return f"mean exit layer {self.mean:.2f} ({shares})"
 
 
 def check_length(model: EncoderDecoder, max_length: int) -> None:

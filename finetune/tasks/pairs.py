@@ -38,10 +38,19 @@ class Pairs:
             if split == "train":
                 raise ConfigError("`task.train` must name a TSV file or two parallel files, got none")
             return []
-        pairs = _from_tsv(files) if isinstance(files, str) else _from_parallel(files, split)
-        if not pairs:
-            raise DataError(f"`task.{split}` must hold at least one pair, `{files}` holds none")
-        return pairs
+        return read_pairs(files, f"task.{split}")
+
+
+def read_pairs(files: Files, name: str) -> list[Pair]:
+    """The pairs of a TSV file or of two parallel files; errors call them `name`.
+
+    Raises:
+        ConfigError, DataError: not one or two files, broken ones, or no pair.
+    """
+    pairs = _from_tsv(files) if isinstance(files, str) else _from_parallel(files, name)
+    if not pairs:
+        raise DataError(f"`{name}` must hold at least one pair, `{files}` holds none")
+    return pairs
 
 
 def _from_tsv(file: str) -> list[Pair]:
@@ -55,9 +64,9 @@ def _from_tsv(file: str) -> list[Pair]:
     return pairs
 
 
-def _from_parallel(files: list[str], split: str) -> list[Pair]:
+def _from_parallel(files: list[str], name: str) -> list[Pair]:
     if len(files) != 2:
-        raise ConfigError(f"`task.{split}` must be one TSV file or two parallel files, got {len(files)}")
+        raise ConfigError(f"`{name}` must be one TSV file or two parallel files, got {len(files)}")
     sources, targets = read_lines(files[0]), read_lines(files[1])
     if len(sources) != len(targets):
         raise DataError(f"`{files[1]}` must have as many lines as `{files[0]}`, {len(sources)}, it has {len(targets)}")

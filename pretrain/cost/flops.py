@@ -7,13 +7,14 @@ attention kernel computes again is not model work and is left out (PaLM, appendi
 Shapes: R rows, K keys, M memory rows, L rows with a use, D width, F feed-forward width, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from pretrain.config import ModelConfig
 from pretrain.models import EncoderDecoder
+from pretrain.models.rows import LayerWork
 from pretrain.objectives.batch import TokenBatch
 
 FORWARD_AND_BACKWARD = 3
@@ -45,20 +46,25 @@ def batch_flops(config: ModelConfig, batch: TokenBatch) -> Flops:
     """Operations of the forward over one packed micro-batch; additive over the samples."""
     source, rows = batch.source, batch.rows
     width = config.d_model
-    projection, feed_forward = 2 * width * width, 4 * width * config.ffn_dim
-    n_source, layers = source.mask.n_rows, rows.work(config.decoder_layers)
-
-    # A decoder row has queries and outputs of two attentions; keys and values belong to keys and memory rows.
-    decoder = sum(w.rows * (4 * projection + feed_forward) + 2 * projection * (w.keys + n_source) for w in layers)
-    pairs = config.encoder_layers * source.mask.visible_pairs()
-    pairs += sum(w.self_mask.visible_pairs() + w.cross_mask.visible_pairs() for w in layers)
-    vocabulary = config.vocab_size or 0
-    return Flops(
-        encoder=config.encoder_layers * n_source * (4 * projection + feed_forward),
-        decoder=decoder + batch.fed_rows * 4 * width * width,
-        attention=4 * width * pairs,
-        heads=2 * width * (batch.head_rows * vocabulary + source.n_samples * config.length_classes),
+    encoder = Flops(
+        encoder=config.encoder_layers * source.mask.n_rows * (8 * width * width + 4 * width * config.ffn_dim),
+        attention=4 * width * config.encoder_layers * source.mask.visible_pairs(),
+        heads=2 * width * source.n_samples * config.length_classes,
     )
+    fed = Flops(decoder=batch.fed_rows * 4 * width * width)
+    return encoder + fed + decoder_flops(config, rows.work(config.decoder_layers), batch.head_rows)
+
+
+def decoder_flops(config: ModelConfig, layers: Sequence[LayerWork], scored: int) -> Flops:
+    """Operations of the decoder. scored: rows that are projected onto the vocabulary, at every off-ramp anew."""
+    width = config.d_model
+    projection, feed_forward = 2 * width * width, 4 * width * config.ffn_dim
+    # A row has queries and outputs of two attentions; keys and values belong to keys and memory rows.
+    decoder = sum(
+        w.rows * (4 * projection + feed_forward) + 2 * projection * (w.keys + w.cross_mask.n_keys) for w in layers
+    )
+    pairs = sum(w.self_mask.visible_pairs() + w.cross_mask.visible_pairs() for w in layers)
+    return Flops(decoder=decoder, attention=4 * width * pairs, heads=2 * width * scored * (config.vocab_size or 0))
 
 
 def facts(model: EncoderDecoder) -> dict[str, Callable[[TokenBatch], int]]:

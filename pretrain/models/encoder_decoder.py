@@ -4,7 +4,7 @@ Shapes: R rows, L rows with a use, M memory rows, B samples, D width, V vocabula
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from pretrain.models.ids import SpecialIds
 from pretrain.models.layers import DecoderLayer, EncoderLayer, positions_table
 from pretrain.models.linear import Linear, linear
 from pretrain.models.rows import DecoderRows, SourceRows
+
+MAX_LOGITS = 1 << 25  # entries of a logits block: 128 MiB in float32
+Reduction = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Stack(nn.Module):
@@ -61,12 +64,22 @@ class VocabHead(nn.Module):
         self.weight = shared.weight
         self.register_buffer("bias_V", torch.zeros(shared.num_embeddings) if bias else None)
 
-    def forward(self, h_LD: Tensor, loss: VocabTargets | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits [L, V], or with `loss` the results of `vocab_loss` for these rows."""
-        if loss is None:
-            bias_V = None if self.bias_V is None else self.bias_V.to(h_LD.dtype)  # a buffer, too
+    def forward(
+        self, h_LD: Tensor, loss: VocabTargets | None = None, reduction: Reduction | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Logits [L, V], or with `loss` the results of `vocab_loss` for these rows.
+
+        reduction: makes tensors [l] of logits [l, V], which then never exist for more than `MAX_LOGITS` entries. In one
+        forward, because the ranks of ZeRO-3 must call it equally often however many rows they have.
+        """
+        if loss is not None:
+            return vocab_loss(h_LD, self.weight, bias_V=self.bias_V, **vars(loss))
+        bias_V = None if self.bias_V is None else self.bias_V.to(h_LD.dtype)  # a buffer, too
+        if reduction is None:
             return linear(h_LD, self.weight, bias_V)
-        return vocab_loss(h_LD, self.weight, bias_V=self.bias_V, **vars(loss))
+        block = max(1, MAX_LOGITS // len(self.weight))
+        parts = [reduction(linear(part, self.weight, bias_V)) for part in h_LD.split(block)]
+        return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
 class EncoderDecoder(nn.Module):
@@ -132,6 +145,15 @@ class EncoderDecoder(nn.Module):
             x_RD = self.run_layer(layer, x_RD, rows.n_keys, None, memory_MD, rows.self_mask, rows.cross_mask)
         masks = rows.out_self_mask, rows.out_cross_mask
         return self.decoder.layer_norm(self.run_layer(last, x_RD, rows.n_keys, rows.out_L, memory_MD, *masks))
+
+    def decode_every_layer(self, rows: DecoderRows, memory_MD: Tensor) -> Tensor:
+        """h_LD after each layer in turn, as one tensor: what an off-ramp there reads. Every row is a used one."""
+        x_RD = self.decoder.embed(self.shared(rows.tokens_R) * self.scale, rows.positions_R)
+        states = []
+        for layer in self.decoder.layers:
+            x_RD = self.run_layer(layer, x_RD, rows.n_keys, None, memory_MD, rows.self_mask, rows.cross_mask)
+            states.append(x_RD)
+        return self.decoder.layer_norm(torch.cat(states))
 
     def _leave(self, table_UD: Tensor, rows: ExitRows, memory_MD: Tensor) -> Tensor:
         """Every token's state at the layer where it leaves, from the input of the first layer.

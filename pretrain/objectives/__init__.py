@@ -10,6 +10,7 @@ from pretrain.models.ids import SpecialIds
 from pretrain.objectives.base import Example, LossSums, Objective, ObjectiveModule, Preview
 from pretrain.objectives.cmlm import Cmlm, CmlmOptions
 from pretrain.objectives.denoise import Denoise, DenoiseOptions
+from pretrain.objectives.hard_exit import HardExit, HardExitOptions
 from pretrain.objectives.janus import Janus, JanusOptions
 from pretrain.objectives.lplm import Lplm, LplmOptions
 from pretrain.objectives.soft_exit import SoftExit, SoftExitOptions
@@ -21,6 +22,7 @@ REGISTRY: dict[str, tuple[type[Section], Callable[..., Objective]]] = {
     "cmlm": (CmlmOptions, Cmlm),
     "denoise": (DenoiseOptions, Denoise),
     "lplm": (LplmOptions, Lplm),
+    "hard_exit": (HardExitOptions, HardExit),
     "soft_exit": (SoftExitOptions, SoftExit),
 }
 

@@ -1,0 +1,83 @@
+"""All tokens at once, each from the first decoder layer that is sure of it; EOS ends the text (ELMER, section 4.3).
+
+The number of MASK rows follows from an option or from the source alone, never from a reference: the released test loop
+gives the decoder the length of the reference.
+
+Shapes: B sources, N rows of a text, R rows of all.
+"""
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from finetune.decoding.common import Exits, Generated, check_length, until_eos, writing
+from finetune.decoding.length import candidate_lengths
+from pretrain.config import ModelConfig, Section
+from pretrain.cost.flops import decoder_flops
+from pretrain.errors import ConfigError
+from pretrain.models import EncoderDecoder, SourceRows
+from pretrain.models.early_exit import ExitRule, Left, ParallelRows, write_early
+from pretrain.models.patterns import FirstRow
+
+
+class HardExitDecoding(Section):
+    """threshold: nats; a token leaves after the first layer where the entropy of its prediction is below.
+
+    rows: how many tokens are written at once: `fixed`, as many as `max_length` allows, or `predicted` by the length
+    predictor. max_length: longest text in tokens, with BOS and EOS; null: what the bundle was tuned with, else 64.
+    test_layers: the layers, from 1, after which tokens may leave; null: all. An off-ramp over 50,000 words costs as
+    much as four layers, so that fewer tests save more than early exits; tokens may leave later than without.
+    """
+
+    threshold: float = Field(0.5, ge=0.0)
+    rows: Literal["fixed", "predicted"] = "fixed"
+    max_length: Annotated[int, Field(ge=3)] | None = None
+    test_layers: list[int] | None = None
+
+
+def check_layers(config: ModelConfig, test_layers: list[int] | None) -> None:
+    """Raises ConfigError if a layer cannot be asked: the decoder lacks it, or it is the last."""
+    for layer in test_layers or []:
+        if not 1 <= layer < config.decoder_layers:
+            raise ConfigError(f"`test_layers` must be layers from 1 to {config.decoder_layers - 1}, got {layer}")
+
+
+def hard_exit(model: EncoderDecoder, source: SourceRows, first_row: FirstRow, options: HardExitDecoding) -> Generated:
+    """Texts for packed sources.
+
+    Score: mean log-probability of the written tokens, each at its own layer, EOS counted. Of the special ids only EOS
+    is written; a text without it ends with its last row.
+
+    Raises:
+        ConfigError: if `max_length` exceeds the model's positions, or a test layer the decoder.
+    """
+    longest = options.max_length or 64
+    check_length(model, longest)
+    check_layers(model.config, options.test_layers)
+    layers = None if options.test_layers is None else tuple(options.test_layers)
+    ids = model.ids
+    if not source.n_samples:
+        return Generated([], [], 0)
+    with writing(model):
+        memory_MD = model.encode(source)
+        lengths = [longest - 1] * source.n_samples
+        if options.rows == "predicted":
+            most = min(longest, model.config.length_classes - 1)
+            best_B1 = candidate_lengths(model.length_logits(memory_MD, source), 1, "contiguous", most)
+            lengths = (best_B1[:, 0] - 1).tolist()  # BOS has no row
+        rows = ParallelRows.pack(model, lengths, source, first_row)
+        left = write_early(
+            model, rows, memory_MD, ExitRule(options.threshold, layers), [ids.bos, ids.pad, ids.mask, ids.unk]
+        )
+    made = until_eos(left.token_R.cpu().split(lengths), left.log_p_R.cpu().split(lengths), ids.eos, passes=1)
+    exits = np.split(left.exit_R, np.cumsum(lengths)[:-1])
+    written = [exit_N[: len(tokens) + 1] for exit_N, tokens in zip(exits, made.tokens, strict=True)]
+    return replace(made, exits=_exits(model.config, np.concatenate(written), left))
+
+
+def _exits(config: ModelConfig, exits: np.ndarray, left: Left) -> Exits:
+    counts = np.bincount(exits, minlength=config.decoder_layers + 1)[1:]
+    flops = decoder_flops(config, left.work, left.scored)
+    return Exits(tuple(counts.tolist()), flops.forward, flops.heads)

@@ -1,0 +1,186 @@
+"""Hard exit, ELMER's tuning for writing in which each token leaves at the first layer that is sure of it.
+
+The decoder reads MASKs alone, as in `lplm`. The paper does not say how off-ramps are trained, so there are two ways:
+
+* `all`: every off-ramp predicts every token; nothing is copied. DeeBERT's second stage, on which the paper builds.
+* `simulated`: the model decides where each token leaves, as it does when it writes (`pretrain/models/early_exit.py`);
+  the state is copied upward as in `lplm`, and that off-ramp alone is trained.
+
+Terms: hard_exit (cross-entropy over tokens, and in `all` over layers), length.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pretrain.config import ModelConfig, Rate, Section
+from pretrain.errors import ConfigError
+from pretrain.models import (
+    DecoderRows,
+    EncoderDecoder,
+    ExitSample,
+    SourceRows,
+    Stream,
+    VocabTargets,
+    pack_exits,
+    pack_streams,
+)
+from pretrain.models.early_exit import ExitRule, ParallelRows, plan_exits, write_early
+from pretrain.models.ids import SpecialIds
+from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
+from pretrain.objectives.base import Example, LossSums, Preview
+from pretrain.objectives.batch import RowsPerText, TokenBatch, length_loss, rows_per_text, target_fields
+from pretrain.objectives.corruption import Infilling, infill_text
+
+Threshold = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class HardExitOptions(Section):
+    """training: `all` or `simulated`, see above. threshold: nats; below it a token leaves.
+
+    rows: see `rows_per_text`; rows behind a target have no loss, but the others read them.
+    first_row, corruption: as in `lplm`. detach_copied_state: the layers above send no gradient into what has left.
+    """
+
+    name: Literal["hard_exit"] = "hard_exit"
+    training: Literal["all", "simulated"] = "all"
+    threshold: Threshold = 0.5
+    rows: RowsPerText = "target"
+    first_row: FirstRow = "mask"
+    detach_copied_state: bool = True
+    label_smoothing: Rate = 0.0
+    length_weight: float = Field(0.0, ge=0.0)
+    corruption: Infilling = Infilling()
+
+
+@dataclass(frozen=True)
+class RampBatch(TokenBatch):
+    """rows_B: decoder rows of each sample. ramps: how many layers predict each of them."""
+
+    rows_B: tuple[int, ...]
+    ramps: int
+
+    @property
+    def head_rows(self) -> int:
+        return self.ramps * len(self.target_L)
+
+
+class HardExit:
+    """The objective on packed rows; row i, at position i, predicts t[i + 1].
+
+    Raises:
+        ConfigError: more `rows` than the model has positions.
+    """
+
+    def __init__(
+        self, options: HardExitOptions, ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig
+    ) -> None:
+        if isinstance(options.rows, int) and options.rows > model.max_positions:
+            raise ConfigError(f"`rows` must be at most the model's {model.max_positions} positions, got {options.rows}")
+        self.options, self.ids, self.word_starts, self.model = options, ids, word_starts, model
+        self.weights: Mapping[str, float] = {"hard_exit": 1.0, "length": options.length_weight}
+        self.layout = ArLayout.aligned("bos_first", ids)
+        self.modes: Sequence[str] = ("hard_exit",)
+        self.rule = ExitRule(options.threshold)
+        self.ramps = model.decoder_layers if options.training == "all" else 1
+
+    def corrupt(self, tokens: np.ndarray, sentences: np.ndarray, rng: np.random.Generator) -> Example:
+        how, vocabulary = self.options.corruption, self.model.vocab_size
+        return infill_text(tokens, sentences, how, self.ids, self.word_starts, vocabulary, rng)
+
+    def corrupt_pair(self, source: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> Example:
+        return Example(source, target, np.empty(0, np.int64))
+
+    def collate(self, examples: Sequence[Example]) -> RampBatch:
+        source = SourceRows.pack([example.source for example in examples])
+        real = [len(example.target) - 1 for example in examples]
+        rows = rows_per_text(examples, self.options.rows)
+        streams, positions, samples, terms = [], [], [], []
+        for index, (example, n) in enumerate(zip(examples, rows, strict=True)):
+            targets = np.concatenate([example.target[1:], np.full(n - real[index], self.ids.pad)])
+            tokens = mask_rows(n, self.ids, self.options.first_row)
+            segments, memory = [(n, n, 0, 0, 0, 0)], source.memory_range(index)
+            streams.append(Stream(tokens, np.arange(n), segments, memory, (0, n), targets, 0))
+            positions.append(np.arange(1, n + 1))
+            samples.append(np.full(n, index))
+            terms.append((np.arange(n) < real[index]).astype(np.int64))  # 0: rows behind the target, without a loss
+        packed, target_L, _ = pack_streams(streams, source.mask.n_rows)
+        term_L = _joined(terms)
+        return RampBatch(
+            source=source,
+            rows=packed,
+            target_L=target_L,
+            term_L=term_L,
+            tuple_PK=torch.empty((0, 1), dtype=torch.int64),
+            row_sample_L=_joined(samples),
+            row_position_L=_joined(positions),
+            term_counts=tuple(torch.bincount(term_L, minlength=2).tolist()),
+            rows_B=tuple(rows),
+            ramps=self.ramps,
+            **target_fields(examples, self.model.length_classes),
+        )
+
+    def counts(self, batch: RampBatch) -> dict[str, int]:
+        return {"hard_exit": self.ramps * batch.term_counts[1], "length": batch.n_samples}
+
+    def losses(self, model: EncoderDecoder, batch: RampBatch, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
+        memory_MD = model.encode(batch.source)
+        if self.options.training == "all":
+            assert isinstance(batch.rows, DecoderRows)
+            h_LD = model.decode_every_layer(batch.rows, memory_MD)
+            target_L, term_L = (x.repeat(self.ramps) for x in (batch.target_L, batch.term_L))
+        else:
+            h_LD, row_L = self._simulated(model, batch, memory_MD)
+            target_L, term_L = batch.target_L[row_L], batch.term_L[row_L]
+        loss = VocabTargets(
+            target_R=target_L,
+            term_R=term_L,
+            tuple_PK=batch.tuple_PK,
+            ce_scale=[0.0, scale["hard_exit"]],
+            label_smoothing=self.options.label_smoothing,
+        )
+        total, ce_T, _ = model.head(h_LD, loss)
+        length_sum = length_loss(model, batch, memory_MD)
+        return total + scale["length"] * length_sum, {"hard_exit": ce_T[1], "length": length_sum.detach()}
+
+    def _simulated(self, model: EncoderDecoder, batch: RampBatch, memory_MD: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's state where the model lets it leave, and which row it is."""
+        lengths = batch.rows_B
+        rows = ParallelRows.pack(model, lengths, batch.source, self.options.first_row)
+        exits = np.split(plan_exits(model, rows, memory_MD.detach(), self.rule)[None], np.cumsum(lengths)[:-1], axis=1)
+        samples = [
+            ExitSample(mask_rows(n, self.ids, self.options.first_row), np.arange(n), batch.source.memory_range(i), x)
+            for i, (n, x) in enumerate(zip(lengths, exits, strict=False))
+        ]
+        plan = pack_exits(samples, self.model.decoder_layers, len(memory_MD), self.options.detach_copied_state)
+        plan = plan.to(memory_MD.device)
+        return model.decode(plan, memory_MD), plan.out_L
+
+    @torch.no_grad()
+    def preview(self, model: EncoderDecoder, batch: RampBatch, limit: int) -> list[Preview]:
+        """What every row writes where it leaves, and at the last layer."""
+        memory_MD = model.encode(batch.source)
+        real = [n - 1 for n in batch.n_target]
+        lengths = batch.rows_B
+        rows = ParallelRows.pack(model, lengths, batch.source, self.options.first_row)
+        written = {
+            mode: write_early(model, rows, memory_MD, rule, ()).token_R.split(lengths)
+            for mode, rule in (("hard_exit", self.rule), ("last_layer", ExitRule(0.0)))
+        }
+        found = []
+        for index, target in enumerate(batch.target_T.split(batch.n_target)[:limit]):
+            start, length = batch.source.memory_range(index)
+            predicted = {mode: [self.ids.bos, *texts[index][: real[index]].tolist()] for mode, texts in written.items()}
+            places = {mode: list(range(1, len(target))) for mode in predicted}
+            source = batch.source.tokens_R[start : start + length].tolist()
+            found.append(Preview(source, target.tolist(), predicted, places))
+        return found
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)]))
