@@ -88,7 +88,7 @@ def test_exits_spread_over_the_layers() -> None:
     with torch.no_grad():
         rows = ParallelRows.pack(model, LENGTHS, packed, "mask")
         left = write_early(model, rows, model.encode(packed), ExitRule(2.0), BANNED)
-    assert set(left.exit_R.tolist()) == {2, 3, 4}
+    assert set(left.exit_R.tolist()) == {1, 2, 3, 4}
     rows_of = [work.rows for work in left.work]
     assert rows_of == [int((left.exit_R >= number).sum()) for number in range(1, LAYERS + 1)]
     assert left.scored == sum(rows_of)

@@ -1,0 +1,118 @@
+"""`sweep-threshold`: what a threshold buys and costs, as Figure 2 of ELMER asks.
+
+For each threshold the same sources are written one at a time, as the papers time it; references are read after all of
+them. Operations are products of matrices alone, of decoder and off-ramps: each off-ramp that is asked projects its rows
+onto the whole vocabulary, and that is counted. The encoder costs the same at any threshold.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import runners
+from finetune.charts import Panel, draw
+from finetune.decoding import Exits
+from finetune.generate import check_mode, device_named, write_texts
+from finetune.score import score
+from finetune.tasks.pairs import Files, read_pairs
+from pretrain.bundles.bundle import load_bundle
+
+METRICS = ("rouge1", "rouge2", "rougeL")
+WARM_UP = 2  # sentences before the first clock: libraries plan for shapes that are new to them
+
+
+@dataclass(frozen=True)
+class Point:
+    """One threshold. scores: {metric: percent}. milliseconds: a sentence, encoder and decoder, one at a time."""
+
+    threshold: float
+    scores: Mapping[str, float]
+    exits: Exits
+    sentences: int
+    milliseconds: float
+
+    @property
+    def gigaflops(self) -> float:
+        """Of the decoder with its off-ramps, a sentence."""
+        return self.exits.flops / self.sentences / 1e9
+
+    @property
+    def ramp_share(self) -> float:
+        """Share of these that are projections onto the vocabulary."""
+        return self.exits.ramp_flops / self.exits.flops
+
+
+def sweep_threshold(
+    bundle_path: str,
+    data: Files,
+    thresholds: Sequence[float],
+    picture: str,
+    options: Mapping[str, Any],
+    sentences: int | None = None,
+    device: str = "auto",
+) -> list[Point]:
+    """Writes every source at every threshold, prints a table and draws it to `picture`, a PNG.
+
+    Args:
+        data: a TSV file of pairs, or two parallel files.
+        options: of `HardExitDecoding`, without its threshold.
+        sentences: how many of the pairs; None: all.
+
+    Raises:
+        UsageError: the bundle does not write by hard exit.
+        CheckpointError, ConfigError, DataError: a bad bundle, option or input.
+    """
+    bundle = load_bundle(bundle_path)
+    description = bundle.description
+    check_mode(description, bundle_path, "hard_exit")
+    decodings = [{**options, "threshold": threshold} for threshold in thresholds]
+    ways = [runners.build({"name": "hard_exit", "decoding": decoding}, description) for decoding in decodings]
+    pairs = read_pairs(data, "--data")[:sentences]
+    model = bundle.model.to(device_named(device))
+    sources, longest = [pair.source for pair in pairs], description.longest_source
+    write_texts(model, bundle.tokenizer, ways[0], sources[:WARM_UP], longest, batch_tokens=1)
+    made = [write_texts(model, bundle.tokenizer, way, sources, longest, batch_tokens=1) for way in ways]
+    targets = [pair.target for pair in pairs]
+    points = []
+    for threshold, written in zip(thresholds, made, strict=True):
+        assert written.exits
+        scores = score(written.texts, targets, METRICS).values
+        milliseconds = 1000 * written.seconds / len(sources)
+        points.append(Point(threshold, scores, written.exits, len(sources), milliseconds))
+    print("\n".join(table(points)), flush=True)
+    draw(panels(points), Path(picture))
+    print(f"{picture}: {len(sources)} sentences at {len(points)} threshold(s)", flush=True)
+    return points
+
+
+def table(points: Sequence[Point]) -> list[str]:
+    """A line for each threshold."""
+    layers = range(1, len(points[0].exits.tokens) + 1)
+    heads = [f"{'threshold':>9}", *(f"{name:>8}" for name in METRICS), *(f"{f'layer {n}':>8}" for n in layers)]
+    lines = ["".join([*heads, f"{'mean':>6}{'GFLOP':>8}{'ramps':>7}{'ms':>8}"])]
+    for point in points:
+        line = [f"{point.threshold:9.2f}", *(f"{point.scores[name]:8.2f}" for name in METRICS)]
+        line += [f"{100 * share:6.1f} %" for share in point.exits.shares]
+        line += [
+            f"{point.exits.mean:6.2f}{point.gigaflops:8.3f}{100 * point.ramp_share:5.0f} %{point.milliseconds:8.2f}"
+        ]
+        lines.append("".join(line))
+    return lines
+
+
+def panels(points: Sequence[Point]) -> list[Panel]:
+    """The same as pictures."""
+    names = [f"{point.threshold:g}" for point in points]
+    shares = {
+        f"layer {layer + 1}": [100 * point.exits.shares[layer] for point in points]
+        for layer in range(len(points[0].exits.tokens))
+    }
+    body = [point.gigaflops * (1 - point.ramp_share) for point in points]
+    ramps = [point.gigaflops * point.ramp_share for point in points]
+    return [
+        Panel("ROUGE F1, %", names, {name: [point.scores[name] for point in points] for name in METRICS}, "lines"),
+        Panel("tokens by exit layer, %", names, shares, "stacked"),
+        Panel("decoder GFLOP a sentence", names, {"layers": body, "off-ramps": ramps}, "stacked"),
+        Panel("ms a sentence, batch 1", names, {"all": [point.milliseconds for point in points]}, "stacked"),
+    ]
