@@ -90,12 +90,12 @@ def table(points: Sequence[Point]) -> list[str]:
     """A line for each threshold."""
     layers = range(1, len(points[0].exits.tokens) + 1)
     heads = [f"{'threshold':>9}", *(f"{name:>8}" for name in METRICS), *(f"{f'layer {n}':>8}" for n in layers)]
-    lines = ["".join([*heads, f"{'mean':>6}{'GFLOP':>8}{'ramps':>7}{'ms':>8}"])]
+    lines = ["".join([*heads, f"{'mean':>6}{'GFLOP':>11}{'ramps':>8}{'ms':>9}"])]
     for point in points:
         line = [f"{point.threshold:9.2f}", *(f"{point.scores[name]:8.2f}" for name in METRICS)]
         line += [f"{100 * share:6.1f} %" for share in point.exits.shares]
         line += [
-            f"{point.exits.mean:6.2f}{point.gigaflops:8.3f}{100 * point.ramp_share:5.0f} %{point.milliseconds:8.2f}"
+            f"{point.exits.mean:6.2f}{point.gigaflops:11.3g}{100 * point.ramp_share:6.0f} %{point.milliseconds:9.2f}"
         ]
         lines.append("".join(line))
     return lines
