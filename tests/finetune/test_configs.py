@@ -17,7 +17,7 @@ CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 
 
 def test_there_are_configurations() -> None:
-    assert {path.name for path in CONFIGS} >= {"ar.yaml", "nar.yaml", "soft_exit.yaml"}
+    assert {path.name for path in CONFIGS} >= {"ar.yaml", "nar.yaml", "hard_exit.yaml", "soft_exit.yaml"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: "/".join(path.parts[-2:]))

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import runners
 from finetune.decoding import HardExitDecoding, hard_exit
 from finetune.decoding.common import most_likely
 from pretrain.bundles.description import Description
+from pretrain.cost.flops import decoder_flops
 from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder, Stream, encoder_decoder, pack_streams
 from pretrain.models.early_exit import ExitRule, ParallelRows, off_ramp, plan_exits, write_early
@@ -123,6 +125,21 @@ def test_above_ln_v_all_leave_at_layer_1_and_no_other_layer_runs() -> None:
         calls.clear()
         plan_exits(model, rows, memory, ExitRule(math.log(VOCAB) + 1e-9))
         assert calls == [1, 2, 3, 4]  # ZeRO-3: the same modules on every rank
+
+
+@pytest.mark.parametrize("layers", [None, (2,)])
+def test_products_are_counted_as_torch_counts_them(layers: tuple[int, ...] | None) -> None:
+    """But for those of attention, whose operator the counter does not know on a CPU."""
+    model, packed = deep_model(), pack(some_sources())
+    with torch.no_grad():
+        memory = model.encode(packed)
+        rows = ParallelRows.pack(model, LENGTHS, packed, "mask")
+        with FlopCounterMode(display=False) as counter:
+            left = write_early(model, rows, memory, ExitRule(2.0, layers), BANNED)
+    found = counter.get_flop_counts()["Global"]
+    linear = sum(count for op, count in found.items() if "addmm" in str(op) or str(op).endswith(".mm"))
+    flops = decoder_flops(model.config, left.work, left.scored)
+    assert linear == flops.decoder + flops.heads
 
 
 def test_empty_batches_run_every_module() -> None:

@@ -23,7 +23,7 @@ from pretrain.objectives import ObjectiveModule
 from tests.distributed_helper import run_ranks
 from tests.pretrain.objectives.cases import IDS, SHAPE, VOCAB, WHOLE, examples, fitted, tiny_model, unit_scale
 
-NAMES = ("janus", "cmlm", "denoise", "lplm", "soft_exit")
+NAMES = ("janus", "cmlm", "denoise", "lplm", "hard_exit", "soft_exit")
 FEW = OptimConfig(lr=0.01)
 
 
