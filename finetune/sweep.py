@@ -1,19 +1,20 @@
 """`sweep-threshold`: what a threshold buys and costs, as Figure 2 of ELMER asks.
 
-For each threshold the same sources are written one at a time, as the papers time it; references are read after all of
-them. Operations are products of matrices alone, of decoder and off-ramps: each off-ramp that is asked projects its rows
+The same sources are written one at a time, as the papers time it, each at all thresholds in turn, so that other work on
+the machine slows none of them more than the others. References are read after all of that. Operations are products of matrices alone, of decoder and off-ramps: each off-ramp that is asked projects its rows
 onto the whole vocabulary, and that is counted. The encoder costs the same at any threshold.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from finetune import runners
 from finetune.charts import Panel, draw
 from finetune.decoding import Exits
-from finetune.generate import check_mode, device_named, write_texts
+from finetune.generate import Written, check_mode, device_named, write_texts
 from finetune.score import score
 from finetune.tasks.pairs import Files, read_pairs
 from pretrain.bundles.bundle import load_bundle
@@ -24,7 +25,7 @@ WARM_UP = 2  # sentences before the first clock: libraries plan for shapes that 
 
 @dataclass(frozen=True)
 class Point:
-    """One threshold. scores: {metric: percent}. milliseconds: a sentence, encoder and decoder, one at a time."""
+    """One threshold. scores: {metric: percent}. milliseconds: median of a sentence, encoder and decoder, one at a time."""
 
     threshold: float
     scores: Mapping[str, float]
@@ -71,19 +72,23 @@ def sweep_threshold(
     pairs = read_pairs(data, "--data")[:sentences]
     model = bundle.model.to(device_named(device))
     sources, longest = [pair.source for pair in pairs], description.longest_source
-    write_texts(model, bundle.tokenizer, ways[0], sources[:WARM_UP], longest, batch_tokens=1)
-    made = [write_texts(model, bundle.tokenizer, way, sources, longest, batch_tokens=1) for way in ways]
+    for source in sources[:WARM_UP]:
+        write_texts(model, bundle.tokenizer, ways[0], [source], longest)
+    written = [[write_texts(model, bundle.tokenizer, way, [source], longest) for way in ways] for source in sources]
     targets = [pair.target for pair in pairs]
-    points = []
-    for threshold, written in zip(thresholds, made, strict=True):
-        assert written.exits
-        scores = score(written.texts, targets, METRICS).values
-        milliseconds = 1000 * written.seconds / len(sources)
-        points.append(Point(threshold, scores, written.exits, len(sources), milliseconds))
+    points = [_point(t, texts, targets) for t, texts in zip(thresholds, zip(*written, strict=True), strict=True)]
     print("\n".join(table(points)), flush=True)
     draw(panels(points), Path(picture))
     print(f"{picture}: {len(sources)} sentences at {len(points)} threshold(s)", flush=True)
     return points
+
+
+def _point(threshold: float, written: Sequence[Written], targets: Sequence[str]) -> Point:
+    """What one threshold has made of every source."""
+    first, *others = [one.exits for one in written if one.exits]
+    scores = score([one.texts[0] for one in written], targets, METRICS).values
+    milliseconds = 1000 * median(one.seconds for one in written)
+    return Point(threshold, scores, sum(others, first), len(written), milliseconds)
 
 
 def table(points: Sequence[Point]) -> list[str]:

@@ -27,6 +27,12 @@ SMALLER = {
     "configs/pretrain/debug.yaml": ["train.steps=2"],
     "configs/finetune/stdlib_summaries/ar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
     "configs/finetune/stdlib_summaries/nar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
+    "configs/finetune/stdlib_summaries/hard_exit.yaml": [
+        "train.steps=2",
+        "train.validate_every=0",
+        "train.sample_every=0",
+        "batch.samples=4",
+    ],
 }
 
 
