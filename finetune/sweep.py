@@ -1,8 +1,9 @@
 """`sweep-threshold`: what a threshold buys and costs, as Figure 2 of ELMER asks.
 
 The same sources are written one at a time, as the papers time it, each at all thresholds in turn, so that other work on
-the machine slows none of them more than the others. References are read after all of that. Operations are products of matrices alone, of decoder and off-ramps: each off-ramp that is asked projects its rows
-onto the whole vocabulary, and that is counted. The encoder costs the same at any threshold.
+the machine slows none of them more than the others. References are read after all of that. Operations are products of
+matrices alone, of decoder and off-ramps: each off-ramp that is asked projects its rows onto the whole vocabulary, and
+that is counted. The encoder costs the same at any threshold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ WARM_UP = 2  # sentences before the first clock: libraries plan for shapes that 
 
 @dataclass(frozen=True)
 class Point:
-    """One threshold. scores: {metric: percent}. milliseconds: median of a sentence, encoder and decoder, one at a time."""
+    """One threshold. scores: {metric: percent}. milliseconds: median sentence, encoder and decoder, alone."""
 
     threshold: float
     scores: Mapping[str, float]
