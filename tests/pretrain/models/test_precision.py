@@ -21,7 +21,7 @@ def in_16_bits(dtype, everything, changes):
 
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=lambda changes: "-".join(map(str, changes.values())) or "plain")
-@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm", "soft_exit"])
+@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm", "hard_exit", "soft_exit"])
 @pytest.mark.parametrize("everything", [False, True], ids=["weights", "all"])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_losses_gradients_and_previews(dtype, allowed, everything, name, changes):

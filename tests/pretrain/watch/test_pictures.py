@@ -38,7 +38,7 @@ def read_back(image, colours, rows, keys):
     return hit[top + centre : top + CELL * rows : CELL, left + centre : left + CELL * keys : CELL]
 
 
-@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm", "soft_exit"])
+@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm", "hard_exit", "soft_exit"])
 def test_the_picture_is_the_mask(name):
     objective = objective_of(name)
     batch = objective.collate(fitted(objective, examples(sizes=((4, 5, 2),))))
