@@ -29,10 +29,11 @@ from pretrain.optim import learning_rate
 from pretrain.watch import cosine
 from pretrain.watch.console import Console, Meter, short
 from pretrain.watch.cosine import GradientCosine
+from pretrain.watch.exits import ExitRamps
 from pretrain.watch.tensorboard import TensorBoard
 
 Pictures = Callable[[], Mapping[str, np.ndarray]]
-PREVIEWS = 4
+PREVIEWS, RAMP_SAMPLES = 4, 16
 
 
 class Settings(Protocol):
@@ -158,6 +159,8 @@ class Run:
             hooks.append(Validation(self.engine, batches, train.validate_every, self.board, self.note))
         if train.cosine_every:
             hooks.append(GradientCosine(self.engine, self.stream.preview(PREVIEWS), train.cosine_every, self.board))
+        if train.sample_every and "hard_exit" in self.engine.module.objective.modes:
+            hooks.append(ExitRamps(self.engine, self.stream.preview(RAMP_SAMPLES), train.sample_every, self.board))
         save = Save(train.save_every, self._save)
         return [*hooks, *([texts] if texts else []), Skips(self._skipped), save, StopOnSignal(signals, save)]
 

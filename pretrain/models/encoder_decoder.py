@@ -146,8 +146,8 @@ class EncoderDecoder(nn.Module):
         masks = rows.out_self_mask, rows.out_cross_mask
         return self.decoder.layer_norm(self.run_layer(last, x_RD, rows.n_keys, rows.out_L, memory_MD, *masks))
 
-    def decode_every_layer(self, rows: DecoderRows, memory_MD: Tensor) -> Tensor:
-        """h_LD after each layer in turn, as one tensor: what an off-ramp there reads. Every row is a used one."""
+    def decode_every_layer(self, rows: DecoderRows | ExitRows, memory_MD: Tensor) -> Tensor:
+        """h_LD after each layer in turn, as one tensor: what an off-ramp there reads. Nothing leaves early."""
         x_RD = self.decoder.embed(self.shared(rows.tokens_R) * self.scale, rows.positions_R)
         states = []
         for layer in self.decoder.layers:

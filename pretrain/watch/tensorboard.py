@@ -83,6 +83,13 @@ class TensorBoard:
         self.writer.add_text(tag, "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
         self.writer.flush()
 
+    def histogram(self, step: int, tag: str, values: torch.Tensor) -> None:
+        """How often each whole number occurs, a bar each."""
+        if len(values):
+            edges = np.arange(int(values.min()), int(values.max()) + 2) - 0.5
+            self.writer.add_histogram(tag, values.numpy(), step, bins=edges)
+            self.writer.flush()
+
     def picture(self, tag: str, image_HWC: np.ndarray) -> None:
         """An image of this life of the run, uint8 [height, width, 3]."""
         self.writer.add_image(tag, image_HWC, self.first_step, dataformats="HWC")
