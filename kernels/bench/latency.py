@@ -82,7 +82,7 @@ def our_pass() -> Generated:
     return mask_predict(ours(), source(), MaskPredictOptions(iterations=0, length_beam=1, max_length=TOKENS + 2))
 
 
-def their_beam(attention: str, **more: Any) -> Any:
+def their_beam(attention: str, beam: int = BEAM, **more: Any) -> Any:
     """`generate` with the options of `our_beam`.
 
     transformers forces an EOS without counting what it costs, we count it. The processor forces it in our way, so that
@@ -97,7 +97,7 @@ def their_beam(attention: str, **more: Any) -> Any:
         return only
 
     return theirs(attention).generate(
-        source().tokens_R[None], num_beams=BEAM, do_sample=False, use_cache=True, max_new_tokens=TOKENS,
+        source().tokens_R[None], num_beams=beam, do_sample=False, use_cache=True, max_new_tokens=TOKENS,
         forced_bos_token_id=IDS.bos, forced_eos_token_id=None, length_penalty=1.0, logits_processor=[end], **more,
     )  # fmt: skip
 
