@@ -42,7 +42,10 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Shape of the encoder-decoder. `vocab_size: null` takes the size of the data's tokenizer."""
+    """Shape of the encoder-decoder. `vocab_size: null` takes the size of the data's tokenizer.
+
+    off_ramps: one vocabulary head for all decoder layers, or one each. soft_exit: a projection of [state; token].
+    """
 
     vocab_size: int | None = Field(None, ge=8)
     d_model: int = Field(256, ge=8)
@@ -61,7 +64,8 @@ class ModelConfig(Section):
     attention_dropout: Rate = 0.1
     activation_dropout: Rate = 0.0
     length_classes: int = Field(256, ge=4)
-    soft_exit: bool = Field(False, description="a projection of [state; predicted token], which soft exit needs")
+    off_ramps: Literal["shared", "separate"] = "shared"
+    soft_exit: bool = False
     init_std: Positive = 0.02
 
     @model_validator(mode="after")

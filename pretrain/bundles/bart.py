@@ -47,6 +47,7 @@ from pretrain.runs import version
 
 BIAS, LENGTHS = "head.bias_V", "length_head.weight"
 # All names of the one token table; files hold some of them.
+EXITS = ("feedback.", "ramps.")  # what BART has no place for
 TABLE = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 # BartConfig field -> the only value that the model here, and transformers' BART, can have.
 FIXED: dict[str, Any] = {
@@ -220,7 +221,8 @@ def _our_weights(given: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 
 def _their_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dictionary of BartForConditionalGeneration, tied weights once, as transformers saves it."""
-    kept = {f"model.{name}": value for name, value in weights.items() if name not in (BIAS, LENGTHS, TIED)}
+    ours = (BIAS, LENGTHS, TIED, *(name for name in weights if name.startswith(EXITS)))
+    kept = {f"model.{name}": value for name, value in weights.items() if name not in ours}
     bias_V = weights.get(BIAS)
     kept["final_logits_bias"] = (torch.zeros(len(weights["shared.weight"])) if bias_V is None else bias_V)[None]
     return {name: value.float().contiguous() for name, value in kept.items()}

@@ -1,6 +1,6 @@
 """Hard exits: each token leaves the decoder at the first layer whose off-ramp is sure of it (ELMER, section 4.3).
 
-The off-ramp is the vocabulary head, which all layers share. It is sure where H < threshold, with the entropy
+The off-ramp is the vocabulary head, of all layers or of this one. It is sure where H < threshold, with the entropy
 H = -sum_v p_v ln p_v in nats (DeeBERT; Eq. 10 of ELMER has other indices). What has left is copied upward and computed
 no more; keys and values of all rows of a text are made anew in each layer as long as one of its rows is left. After the
 last layer everything leaves. The decoder runs once, so a layer projects the memory when its turn comes, and one that
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from parlance_kernels import SampleMask
-from pretrain.models.encoder_decoder import EncoderDecoder
+from pretrain.models.encoder_decoder import EncoderDecoder, VocabHead
 from pretrain.models.layers import DecoderLayer
 from pretrain.models.patterns import FirstRow, mask_rows
 from pretrain.models.rows import LayerWork, SourceRows
@@ -115,9 +115,9 @@ def plan_exits(model: EncoderDecoder, rows: ParallelRows, memory_MD: Tensor, rul
 
 
 @torch.no_grad()
-def off_ramp(model: EncoderDecoder, h_LD: Tensor, banned: Sequence[int] = ()) -> Ramp:
-    """What the head says about rows that have passed the decoder's last norm; logits exist in blocks alone."""
-    return Ramp(*model.head(h_LD, reduction=partial(_confidence, banned=list(banned))))
+def off_ramp(head: VocabHead, h_LD: Tensor, banned: Sequence[int] = ()) -> Ramp:
+    """What a layer's head says about rows that have passed the decoder's last norm; logits exist in blocks alone."""
+    return Ramp(*head(h_LD, reduction=partial(_confidence, banned=list(banned))))
 
 
 def _leave(
@@ -144,7 +144,7 @@ def _leave(
             last = number == len(layers)
             if (last and training) or not (last or rule.asks(number)):
                 continue
-            ramp = off_ramp(model, model.decoder.layer_norm(out_AD), banned)
+            ramp = off_ramp(model.ramp(number), model.decoder.layer_norm(out_AD), banned)
             scored += len(active_A)
             leave_A = torch.ones_like(at_A, dtype=torch.bool) if last or certain else ramp.entropy_L < rule.threshold
             gone = at_A[leave_A]

@@ -5,7 +5,8 @@ Shapes: R rows, L rows with a use, M memory rows, B samples, D width, V vocabula
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -55,14 +56,14 @@ class VocabTargets:
 
 
 class VocabHead(nn.Module):
-    """The projection onto the vocabulary. Its weight is the token table, so gradients of both meet there."""
+    """The projection onto the vocabulary. Its weight is `table`'s: the token table itself at the top of the decoder."""
 
     bias_V: Tensor | None
 
-    def __init__(self, shared: nn.Embedding, bias: bool) -> None:
+    def __init__(self, table: nn.Embedding, bias: bool) -> None:
         super().__init__()
-        self.weight = shared.weight
-        self.register_buffer("bias_V", torch.zeros(shared.num_embeddings) if bias else None)
+        self.weight = table.weight
+        self.register_buffer("bias_V", torch.zeros(table.num_embeddings) if bias else None)
 
     def forward(
         self, h_LD: Tensor, loss: VocabTargets | None = None, reduction: Reduction | None = None
@@ -85,8 +86,9 @@ class VocabHead(nn.Module):
 class EncoderDecoder(nn.Module):
     """Encoder, two-stream decoder, tied vocabulary head and length predictor.
 
-    Parameter names are those of Hugging Face's `BartModel`; `length_head.weight` is added, and with `soft_exit` in the
-    configuration `feedback.weight`.
+    Parameter names are those of Hugging Face's `BartModel`; `length_head.weight` is added, and where the configuration
+    asks for them `feedback.weight` (`soft_exit`) and `ramps.N.weight` (`off_ramps: separate`; the last layer has
+    the token table).
 
     Args:
         config: shape and dropout; `vocab_size` must be set.
@@ -111,9 +113,13 @@ class EncoderDecoder(nn.Module):
         self.length_head = nn.Linear(config.d_model, config.length_classes, bias=False)
         if config.soft_exit:
             self.feedback = Linear(2 * config.d_model, config.d_model, bias=False)
+        own = config.decoder_layers - 1 if config.off_ramps == "separate" else 0
+        tables = [nn.Embedding(config.vocab_size, config.d_model) for _ in range(own)]
+        self.ramps = nn.ModuleList(VocabHead(table, config.logits_bias) for table in tables)
         self.apply(self._initialise)
         with torch.no_grad():
             self.shared.weight[ids.pad].zero_()
+        self._begin_ramps()
 
     def grown(self, config: ModelConfig) -> "EncoderDecoder":
         """A model with parameters that this one lacks; the others, and how it computes, are its own.
@@ -126,6 +132,8 @@ class EncoderDecoder(nn.Module):
         if unknown:
             raise ValueError(f"a grown model must keep every parameter, it lacks {', '.join(sorted(unknown))}")
         model.load_state_dict(self.state_dict(), strict=False)
+        if not self.ramps:
+            model._begin_ramps()
         return model.train(self.training)
 
     def encode(self, source: SourceRows) -> Tensor:
@@ -174,6 +182,22 @@ class EncoderDecoder(nn.Module):
         """[L, V] scores of the next or hidden token."""
         return self.head(h_LD)
 
+    def ramp(self, layer: int) -> VocabHead:
+        """The head at a layer of the decoder, counted from 1."""
+        return cast(VocabHead, self.ramps[layer - 1]) if layer <= len(self.ramps) else self.head
+
+    def ramp_losses(self, h_LD: Tensor, sizes: Sequence[int], loss: VocabTargets) -> tuple[Tensor, Tensor]:
+        """(total, ce_T) of `vocab_loss` for rows that lie by layers, `sizes` of each. Every head runs."""
+        if not self.ramps:
+            total, ce_T, _ = self.head(h_LD, loss)
+            return total, ce_T
+        parts = [x.split(list(sizes)) for x in (h_LD, loss.target_R, loss.term_R)]
+        made = [
+            self.ramp(layer)(h, replace(loss, target_R=target, term_R=term))
+            for layer, (h, target, term) in enumerate(zip(*parts, strict=True), start=1)
+        ]
+        return torch.stack([total for total, *_ in made]).sum(), torch.stack([ce_T for _, ce_T, _ in made]).sum(dim=0)
+
     def length_logits(self, memory_MD: Tensor, source: SourceRows) -> Tensor:
         """[B, N]: classes are target lengths with BOS and EOS, from the mean over each sample's source rows."""
         sums_BD = memory_MD.new_zeros(source.n_samples, memory_MD.shape[1]).index_add(0, source.sample_R, memory_MD)
@@ -185,6 +209,11 @@ class EncoderDecoder(nn.Module):
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
+
+    @torch.no_grad()
+    def _begin_ramps(self) -> None:
+        for ramp in self.ramps:
+            cast(VocabHead, ramp).weight.copy_(self.shared.weight)
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):

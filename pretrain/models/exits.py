@@ -64,7 +64,8 @@ class ExitRows:
 
     tokens_R, positions_R: int64. layers: one entry for each layer of the decoder. detach: whether copied states are.
     Of the N states that leave, in the order of `decode`: out_L, the input row; copies_N, how many copies it is;
-    layer_N, where it left. state_P: which of them each copy of each row became, by sample, copy and row.
+    layer_N, where it left. sizes: how many left at each layer. state_P: which of them each copy of each row became, by
+    sample, copy and row.
     """
 
     tokens_R: Tensor
@@ -74,6 +75,7 @@ class ExitRows:
     out_L: Tensor
     copies_N: Tensor
     layer_N: Tensor
+    sizes: tuple[int, ...]
     state_P: Tensor
 
     @property
@@ -153,6 +155,7 @@ def pack_exits(samples: Sequence[ExitSample], layers: int, n_memory: int, detach
         out_L=_joined([x.rows for x in left]),
         copies_N=_joined([x.copies for x in left]),
         layer_N=_joined([x.layers for x in left]),
+        sizes=tuple(len(x.rows) for x in left),
         state_P=_tensor(state_P),
     )
 

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pretrain.models.encoder_decoder import EncoderDecoder
+from pretrain.models.encoder_decoder import EncoderDecoder, VocabHead
 from pretrain.models.layers import DecoderLayer
 from pretrain.models.rows import DecoderRows
 
@@ -45,7 +45,7 @@ def decode_soft(
         states.append(model.decoder.layer_norm(x_RD))
         if number + 1 == len(layers):
             break
-        token_R = likeliest(model, states[-1])
+        token_R = likeliest(model.ramp(number + 1), states[-1])
         if target_R is not None and given_BR is not None:
             token_R = torch.where(given_BR[number], target_R, token_R)
         x_RD = model.feedback(torch.cat([x_RD, embed_tokens(model, token_R)], dim=1))
@@ -53,9 +53,9 @@ def decode_soft(
 
 
 @torch.no_grad()
-def likeliest(model: EncoderDecoder, h_RD: Tensor) -> Tensor:
+def likeliest(head: VocabHead, h_RD: Tensor) -> Tensor:
     """int64 [R]: the token that each row would write."""
-    return torch.cat([model.logits(part).argmax(dim=1) for part in h_RD.detach().split(BLOCK_ROWS)])
+    return torch.cat([head(part).argmax(dim=1) for part in h_RD.detach().split(BLOCK_ROWS)])
 
 
 def embed_tokens(model: EncoderDecoder, token_R: Tensor) -> Tensor:

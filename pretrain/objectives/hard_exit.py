@@ -133,9 +133,10 @@ class HardExit:
         if self.options.training == "all":
             assert isinstance(batch.rows, DecoderRows)
             h_LD = model.decode_every_layer(batch.rows, memory_MD)
+            sizes: Sequence[int] = [len(batch.target_L)] * self.ramps
             target_L, term_L = (x.repeat(self.ramps) for x in (batch.target_L, batch.term_L))
         else:
-            h_LD, row_L = self._simulated(model, batch, memory_MD)
+            h_LD, row_L, sizes = self._simulated(model, batch, memory_MD)
             target_L, term_L = batch.target_L[row_L], batch.term_L[row_L]
         loss = VocabTargets(
             target_R=target_L,
@@ -144,12 +145,14 @@ class HardExit:
             ce_scale=[0.0, scale["hard_exit"]],
             label_smoothing=self.options.label_smoothing,
         )
-        total, ce_T, _ = model.head(h_LD, loss)
+        total, ce_T = model.ramp_losses(h_LD, sizes, loss)
         length_sum = length_loss(model, batch, memory_MD)
         return total + scale["length"] * length_sum, {"hard_exit": ce_T[1], "length": length_sum.detach()}
 
-    def _simulated(self, model: EncoderDecoder, batch: RampBatch, memory_MD: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's state where the model lets it leave, and which row it is."""
+    def _simulated(
+        self, model: EncoderDecoder, batch: RampBatch, memory_MD: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Each row's state where the model lets it leave, which row it is, and how many leave at each layer."""
         lengths = batch.rows_B
         rows = ParallelRows.pack(model, lengths, batch.source, self.options.first_row)
         exits = np.split(plan_exits(model, rows, memory_MD.detach(), self.rule)[None], np.cumsum(lengths)[:-1], axis=1)
@@ -159,7 +162,7 @@ class HardExit:
         ]
         plan = pack_exits(samples, self.model.decoder_layers, len(memory_MD), self.options.detach_copied_state)
         plan = plan.to(memory_MD.device)
-        return model.decode(plan, memory_MD), plan.out_L
+        return model.decode(plan, memory_MD), plan.out_L, plan.sizes
 
     @torch.no_grad()
     def preview(self, model: EncoderDecoder, batch: RampBatch, limit: int) -> list[Preview]:

@@ -17,9 +17,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pretrain.config import ModelConfig, Rate, Section
-from pretrain.models import EncoderDecoder, ExitSample, SourceRows, VocabTargets, pack_exits
+from pretrain.models import EncoderDecoder, ExitRows, ExitSample, SourceRows, VocabTargets, pack_exits
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
+from pretrain.models.soft_exit import likeliest
 from pretrain.objectives.base import Example, LossSums, Preview
 from pretrain.objectives.batch import RowsPerText, TokenBatch, length_loss, rows_per_text, target_fields
 from pretrain.objectives.corruption import Infilling, infill_text
@@ -142,7 +143,8 @@ class Lplm:
             ce_scale=[k * scale["lplm"] for k in factors],
             label_smoothing=self.options.label_smoothing,
         )
-        total, ce_T, _ = model.head(h_ND, loss)
+        assert isinstance(batch.rows, ExitRows)
+        total, ce_T = model.ramp_losses(h_ND, batch.rows.sizes, loss)
         length_sum = length_loss(model, batch, memory_MD)
         sums = {"lplm": (ce_T * ce_T.new_tensor(factors)).sum(), "length": length_sum.detach()}
         return total + scale["length"] * length_sum, sums
@@ -158,7 +160,7 @@ class Lplm:
             samples = [self._sample(n, at, np.full((1, n), layer)) for n, at in zip(lengths, ranges, strict=True)]
             rows = pack_exits(samples, self.model.decoder_layers, len(memory_MD), detach=False).to(memory_MD.device)
             h_ND = model.decode(rows, memory_MD)
-            written[f"layer_{layer}"] = torch.cat([model.logits(x).argmax(1) for x in h_ND.split(256)]).split(lengths)
+            written[f"layer_{layer}"] = likeliest(model.ramp(layer), h_ND).split(lengths)
         found = []
         for index, target in enumerate(batch.target_T.split(batch.n_target)[:limit]):
             start, length = ranges[index]

@@ -67,9 +67,17 @@ def forward(model: EncoderDecoder, examples: Sequence[ExitExample], objective: L
         input_LBTD=torch.stack(inputs),
         output_LBTD=torch.stack(outputs),
         state_BTD=state_BTD,
-        logits_BTV=model.logits(model.decoder.layer_norm(state_BTD)),
+        logits_BTV=_logits(model, model.decoder.layer_norm(state_BTD), exit_BT),
         length_BN=reference.length_logits(model, memory_BSD, real_BS),
     )
+
+
+def _logits(model: EncoderDecoder, h_BTD: Tensor, exit_BT: Tensor) -> Tensor:
+    """Each row's logits by the off-ramp of the layer where it left."""
+    if not model.ramps:
+        return model.logits(h_BTD)
+    every_LBTV = torch.stack([model.ramp(layer + 1)(h_BTD) for layer in range(len(model.decoder.layers))])
+    return every_LBTV.gather(0, (exit_BT - 1)[None, :, :, None].expand(1, -1, -1, every_LBTV.shape[-1]))[0]
 
 
 def losses(

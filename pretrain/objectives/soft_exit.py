@@ -141,7 +141,7 @@ class SoftExit:
             ce_scale=[*(scale[name] for name in self.terms), 0.0],
             label_smoothing=self.options.label_smoothing,
         )
-        total, ce_T, _ = model.head(torch.cat(states), loss)
+        total, ce_T = model.ramp_losses(torch.cat(states), [len(h_RD) for h_RD in states], loss)
         length_sum = length_loss(model, batch, memory_MD)
         sums = {**dict(zip(self.terms, ce_T, strict=False)), "length": length_sum.detach()}
         return total + scale["length"] * length_sum, sums
@@ -151,7 +151,7 @@ class SoftExit:
         """What the first and the last layer write when nothing is given."""
         assert isinstance(batch.rows, DecoderRows)
         states = decode_soft(model, batch.rows, model.encode(batch.source))
-        written = {layer + 1: likeliest(model, states[layer]) for layer in sorted({0, len(states) - 1})}
+        written = {layer + 1: likeliest(model.ramp(layer + 1), states[layer]) for layer in sorted({0, len(states) - 1})}
         found = []
         for index, target in enumerate(batch.target_T.split(batch.n_target)[:limit]):
             start, length = batch.source.memory_range(index)

@@ -50,10 +50,10 @@ def measure(model: EncoderDecoder, batch: TokenBatch) -> tuple[dict[str, float],
     rows: Any = batch.rows
     h_LD = model.decode_every_layer(rows, model.encode(batch.source))
     layers = len(model.decoder.layers)
-    ramp = off_ramp(model, h_LD)
+    ramps = [off_ramp(model.ramp(layer + 1), part) for layer, part in enumerate(h_LD.chunk(layers))]
     target_R = torch.full_like(rows.tokens_R, model.ids.pad).index_copy(0, rows.out_L, batch.target_L)
     real_R = target_R != model.ids.pad
-    entropy_LR, token_LR, log_p_LR = (x.view(layers, -1)[:, real_R].cpu() for x in ramp)
+    entropy_LR, token_LR, log_p_LR = (torch.stack(x)[:, real_R].cpu() for x in zip(*ramps, strict=True))
     right_LR = (token_LR == target_R[real_R].cpu()).double()
     sure_LR = log_p_LR.double().exp()
     found: dict[str, float] = {}

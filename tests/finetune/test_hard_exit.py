@@ -47,14 +47,15 @@ def reference(
     state, exit_n = torch.zeros_like(x), torch.zeros(n, dtype=torch.int64)
     for number, layer in enumerate(model.decoder.layers, start=1):
         out = layer(x, n, None, memory, rows.self_mask, rows.cross_mask)
-        p = model.logits(model.decoder.layer_norm(out)).softmax(dim=1)
+        p = model.ramp(number)(model.decoder.layer_norm(out)).softmax(dim=1)
         entropy = torch.special.entr(p).sum(dim=1)
         asked = number < LAYERS and (layers is None or number in layers)
         now = (exit_n == 0) & ((entropy < threshold) if asked else torch.full((n,), number == LAYERS))
         state = torch.where(now[:, None], out, state)
         exit_n = torch.where(now, number, exit_n)
         x = torch.where((exit_n > 0)[:, None], state, out)
-    log_p = model.logits(model.decoder.layer_norm(state)).log_softmax(dim=1)
+    heads = torch.stack([model.ramp(number + 1)(model.decoder.layer_norm(state)) for number in range(LAYERS)])
+    log_p = heads[exit_n - 1, torch.arange(n)].log_softmax(dim=1)
     log_p[:, BANNED] = -torch.inf
     best = log_p.max(dim=1)
     return exit_n.tolist(), best.indices.tolist(), best.values.tolist()
@@ -66,11 +67,14 @@ def reference(
     first=st.sampled_from(["mask", "bos"]),
     norm=st.sampled_from(["post", "pre"]),
     layers=st.sampled_from([None, (1,), (2, 3)]),
+    ramps=st.sampled_from(["shared", "separate"]),
 )
 def test_it_follows_the_definition(
-    seed: int, threshold: float, first: FirstRow, norm: str, layers: tuple[int, ...] | None
+    seed: int, threshold: float, first: FirstRow, norm: str, layers: tuple[int, ...] | None, ramps: str
 ) -> None:
-    model, sources = deep_model(seed=seed, norm=norm), some_sources(seed=seed)
+    model, sources = deep_model(seed=seed, norm=norm, off_ramps=ramps), some_sources(seed=seed)
+    for ramp in model.ramps:
+        torch.nn.init.normal_(ramp.get_parameter("weight"), std=0.5)
     packed = pack(sources)
     with torch.no_grad():
         memory = model.encode(packed)
@@ -154,13 +158,13 @@ def test_entropies_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = deep_model(logits_bias=True)
     h = torch.randn(23, 16, dtype=torch.float64)
     p = model.logits(h).softmax(dim=1)
-    whole = off_ramp(model, h, BANNED)
+    whole = off_ramp(model.head, h, BANNED)
     np.testing.assert_allclose(whole.entropy_L, torch.special.entr(p).sum(dim=1).detach(), atol=1e-12)
     seen: list[int] = []
     monkeypatch.setattr(encoder_decoder, "MAX_LOGITS", 3 * VOCAB)
     real = encoder_decoder.linear
     monkeypatch.setattr(encoder_decoder, "linear", lambda x, *rest: seen.append(len(x)) or real(x, *rest))
-    parts = off_ramp(model, h, BANNED)
+    parts = off_ramp(model.head, h, BANNED)
     assert max(seen) == 3 and sum(seen) == 23
     for one, two in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
@@ -168,13 +172,13 @@ def test_entropies_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     certain = torch.zeros(1, 16, dtype=torch.float64)
     model.head.bias_V = torch.zeros(VOCAB, dtype=torch.float64)
     model.head.bias_V[7] = 1000.0
-    assert off_ramp(model, certain).entropy_L.tolist() == [0.0]
+    assert off_ramp(model.head, certain).entropy_L.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_entropies_are_wide(dtype: torch.dtype) -> None:
     model = deep_model().to(dtype)
-    ramp = off_ramp(model, torch.randn(5, 16, dtype=dtype))
+    ramp = off_ramp(model.head, torch.randn(5, 16, dtype=dtype))
     assert ramp.entropy_L.dtype == ramp.log_p_L.dtype == torch.float32
 
 

@@ -96,10 +96,10 @@ def all_reference(model, given, hard, scale):
     x = reference.embed(model, model.decoder, torch.full_like(places, IDS.mask), places)
     visible = (places < shown[:, None])[:, None, :].expand(-1, places.shape[1], -1)
     loss = torch.zeros(())
-    for layer in model.decoder.layers:
+    for number, layer in enumerate(model.decoder.layers, start=1):
         y = layer.self_attn_layer_norm(x) if layer.pre_norm else x
         x = reference.decoder_layer(layer, x, y, visible, memory, real)
-        logits = model.logits(model.decoder.layer_norm(x))
+        logits = model.ramp(number)(model.decoder.layer_norm(x))
         for b, e in enumerate(given):
             target = torch.from_numpy(e.target[1:])
             loss = loss + cross_entropy(logits[b, : len(target)], target, hard.options.label_smoothing)
@@ -113,7 +113,9 @@ def all_reference(model, given, hard, scale):
 @pytest.mark.parametrize("rows", ["target", "longest", 8])
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_all_is_every_off_ramp_on_every_token(norm, rows):
-    model, given = shape(norm=norm), examples()
+    model, given = shape(norm=norm, off_ramps="separate" if rows == 8 else "shared"), examples()
+    for ramp in model.ramps:
+        ramp.weight.data.add_(torch.randn_like(ramp.weight))
     hard = objective(model, rows=rows, label_smoothing=0.1, length_weight=0.3)
     batch = hard.collate(given)
     scale = unit_scale(hard, batch)

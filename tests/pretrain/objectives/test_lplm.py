@@ -53,7 +53,9 @@ def compare(model, lplm, examples):
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_packed_equals_the_plain_reference(norm, detach, copies):
-    model = shape(norm=norm, logits_bias=detach)
+    model = shape(norm=norm, logits_bias=detach, off_ramps="separate" if copies == 2 else "shared")
+    for ramp in model.ramps:
+        ramp.weight.data.add_(torch.randn_like(ramp.weight))
     options = {"first_row": "bos", "rows": "longest"} if norm == "post" else {}
     lplm = objective(
         model, copies=copies, detach_copied_state=detach, label_smoothing=0.1, length_weight=0.3, **options

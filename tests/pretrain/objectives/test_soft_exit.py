@@ -43,7 +43,7 @@ def plain_losses(model, examples, soft, scale):
         for number, layer in enumerate(model.decoder.layers):
             keys = layer.self_attn_layer_norm(x) if layer.pre_norm else x
             x = reference.decoder_layer(layer, x, keys, visible, memory, real)
-            logits = model.logits(model.decoder.layer_norm(x))[0]
+            logits = model.ramp(number + 1)(model.decoder.layer_norm(x))[0]
             term = cross_entropy(logits[: len(target)], target, soft.options.label_smoothing)
             sums[f"exit_{number + 1}"] = sums[f"exit_{number + 1}"] + term
             if number + 1 < LAYERS:
@@ -59,9 +59,11 @@ def plain_losses(model, examples, soft, scale):
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
-@pytest.mark.parametrize("rows", ["target", 9])
-def test_packed_equals_the_plain_loop(norm, rows):
-    model = soft_model(norm=norm, embed_scale=norm == "pre", logits_bias=True)
+@pytest.mark.parametrize(("rows", "ramps"), [("target", "shared"), (9, "separate")])
+def test_packed_equals_the_plain_loop(norm, rows, ramps):
+    model = soft_model(norm=norm, embed_scale=norm == "pre", logits_bias=True, off_ramps=ramps)
+    for ramp in model.ramps:
+        ramp.weight.data.add_(torch.randn_like(ramp.weight))
     soft = build(
         {"name": "soft_exit", "rows": rows, "label_smoothing": 0.1, "length_weight": 0.2}, IDS, None, model.config
     )
@@ -127,5 +129,7 @@ def test_a_grown_model_keeps_what_it_had():
     assert own.keys() - small.state_dict().keys() == {"feedback.weight"} and own["feedback.weight"].any()
     assert all(torch.equal(own[name], value) for name, value in small.state_dict().items())
     assert grown.shared.weight.dtype == torch.float64 and grown.head.weight is grown.shared.weight
+    ramps = small.grown(small.config.model_copy(update={"off_ramps": "separate"})).ramps
+    assert len(ramps) == LAYERS - 1 and all(torch.equal(ramp.weight, small.shared.weight) for ramp in ramps)
     with pytest.raises(ValueError, match=r"must keep every parameter, it lacks feedback\.weight"):
         grown.grown(small.config)
