@@ -28,6 +28,7 @@ SMALLER = {
     "configs/finetune/stdlib_summaries/ar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
     "configs/finetune/stdlib_summaries/nar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
     "configs/finetune/stdlib_summaries/hard_exit.yaml": [
+    "configs/finetune/stdlib_summaries/soft_exit.yaml": [
         "train.steps=2",
         "train.validate_every=0",
         "train.sample_every=0",
