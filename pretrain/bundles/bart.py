@@ -46,8 +46,8 @@ from pretrain.models.patterns import ArLayout, Layout
 from pretrain.runs import version
 
 BIAS, LENGTHS = "head.bias_V", "length_head.weight"
-# All names of the one token table; files hold some of them.
 EXITS = ("feedback.", "ramps.")  # what BART has no place for
+# All names of the one token table; files hold some of them.
 TABLE = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 # BartConfig field -> the only value that the model here, and transformers' BART, can have.
 FIXED: dict[str, Any] = {

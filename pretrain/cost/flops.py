@@ -67,6 +67,14 @@ def decoder_flops(config: ModelConfig, layers: Sequence[LayerWork], scored: int)
     return Flops(decoder=decoder, attention=4 * width * pairs, heads=2 * width * scored * (config.vocab_size or 0))
 
 
+def deciding_flops(config: ModelConfig, batch: TokenBatch) -> int:
+    """Operations of the forward that decides where rows leave; what leaves is not known here, so none is saved."""
+    asked = batch.deciding_rows * (config.decoder_layers - 1)
+    if not asked:
+        return 0
+    return decoder_flops(config, batch.rows.work(config.decoder_layers), asked).forward
+
+
 def facts(model: EncoderDecoder) -> dict[str, Callable[[TokenBatch], int]]:
     """What the loop adds up: `flops` of forward and backward, `masked` target tokens that the decoder does not see."""
 
@@ -74,7 +82,10 @@ def facts(model: EncoderDecoder) -> dict[str, Callable[[TokenBatch], int]]:
         content_K = batch.rows.tokens_R[: batch.rows.n_keys]
         return int((content_K == model.ids.mask).sum())
 
-    return {"flops": lambda batch: batch_flops(model.config, batch).training, "masked": masked}
+    def flops(batch: TokenBatch) -> int:
+        return batch_flops(model.config, batch).training + deciding_flops(model.config, batch)
+
+    return {"flops": flops, "masked": masked}
 
 
 def parameters_by_part(model: nn.Module) -> Mapping[str, int]:

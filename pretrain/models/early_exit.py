@@ -208,7 +208,7 @@ def _confidence(logits_LV: Tensor, banned: list[int]) -> tuple[Tensor, Tensor, T
 
 @contextmanager
 def _deciding(model: EncoderDecoder) -> Iterator[None]:
-    """Without dropout and gradients inside: exits in training are those of writing."""
+    """Without dropout in the decoder and without gradients inside; a memory that was made in training has its own."""
     was_training = model.training
     model.eval()
     try:

@@ -125,7 +125,7 @@ class EncoderDecoder(nn.Module):
         """A model with parameters that this one lacks; the others, and how it computes, are its own.
 
         Raises:
-            ValueError: the other model lacks or reshapes some of these parameters.
+            ValueError: the other model lacks some of these parameters. RuntimeError: it reshapes some.
         """
         model = EncoderDecoder(config, self.ids, self.checkpointing, self.backend).to(self.shared.weight)
         unknown = self.state_dict().keys() - model.state_dict().keys()

@@ -41,7 +41,9 @@ def golden(model: EncoderDecoder, layout: ArLayout, modes: Sequence[str]) -> dic
     for mode in modes:
         packed = _rows(mode, target, layout, model.config.decoder_layers)
         h_LD = decode_soft(model, packed, memory)[-1] if mode == "soft_exit" else model.decode(packed, memory)
-        made[f"logits/{mode}"] = model.logits(h_LD)
+        sizes = packed.sizes if mode == "hard_exit" else [0] * (model.config.decoder_layers - 1) + [len(h_LD)]
+        by_layer = enumerate(h_LD.split(list(sizes)), start=1)
+        made[f"logits/{mode}"] = torch.cat([model.ramp(layer)(part) for layer, part in by_layer])
     model.train(was_training)
     return {name: value.detach().cpu().contiguous() for name, value in made.items()}
 

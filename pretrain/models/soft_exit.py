@@ -17,8 +17,6 @@ from pretrain.models.encoder_decoder import EncoderDecoder, VocabHead
 from pretrain.models.layers import DecoderLayer
 from pretrain.models.rows import DecoderRows
 
-BLOCK_ROWS = 256  # whose logits exist at one time
-
 
 def decode_soft(
     model: EncoderDecoder,
@@ -54,8 +52,9 @@ def decode_soft(
 
 @torch.no_grad()
 def likeliest(head: VocabHead, h_RD: Tensor) -> Tensor:
-    """int64 [R]: the token that each row would write."""
-    return torch.cat([head(part).argmax(dim=1) for part in h_RD.detach().split(BLOCK_ROWS)])
+    """int64 [R]: the token that each row would write; logits exist in blocks alone."""
+    (token_R,) = head(h_RD.detach(), reduction=lambda logits_LV: (logits_LV.argmax(dim=1),))
+    return token_R
 
 
 def embed_tokens(model: EncoderDecoder, token_R: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from pretrain.config import ModelConfig
+from pretrain.errors import ConfigError
 from pretrain.models import DecoderRows, EncoderDecoder, ExitRows, SourceRows, Stream, VocabTargets, pack_streams
 from pretrain.models.rows import to_device
 from pretrain.objectives.base import Example, LossSums, Preview
@@ -52,6 +54,11 @@ class TokenBatch:
     def head_rows(self) -> int:
         """Rows that are projected onto the vocabulary."""
         return len(self.target_L)
+
+    @property
+    def deciding_rows(self) -> int:
+        """Rows that a forward without gradient takes through every layer, and head but the last, beforehand."""
+        return 0
 
     @property
     def fed_rows(self) -> int:
@@ -109,6 +116,12 @@ def pack_batch(
         term_counts=tuple(torch.bincount(term_L, minlength=terms).tolist()),
         **target_fields(examples, length_classes),
     )
+
+
+def check_rows(wanted: RowsPerText, model: ModelConfig) -> None:
+    """Raises ConfigError if there are more rows than positions."""
+    if isinstance(wanted, int) and wanted > model.max_positions:
+        raise ConfigError(f"`rows` must be at most the model's {model.max_positions} positions, got {wanted}")
 
 
 def rows_per_text(examples: Sequence[Example], wanted: RowsPerText) -> list[int]:

@@ -19,7 +19,6 @@ from pydantic import Field
 from torch import Tensor
 
 from pretrain.config import ModelConfig, Rate, Section
-from pretrain.errors import ConfigError
 from pretrain.models import (
     DecoderRows,
     EncoderDecoder,
@@ -34,7 +33,7 @@ from pretrain.models.early_exit import ExitRule, ParallelRows, plan_exits, write
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
 from pretrain.objectives.base import Example, LossSums, Preview
-from pretrain.objectives.batch import RowsPerText, TokenBatch, length_loss, rows_per_text, target_fields
+from pretrain.objectives.batch import RowsPerText, TokenBatch, check_rows, length_loss, rows_per_text, target_fields
 from pretrain.objectives.corruption import Infilling, infill_text
 
 Threshold = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -60,14 +59,23 @@ class HardExitOptions(Section):
 
 @dataclass(frozen=True)
 class RampBatch(TokenBatch):
-    """rows_B: decoder rows of each sample. ramps: how many layers predict each of them."""
+    """rows_B: decoder rows of each sample. real_S: the rows that have a target. ramps: layers that predict them.
+
+    deciding: whether a forward without gradient decides beforehand where rows leave.
+    """
 
     rows_B: tuple[int, ...]
+    real_S: Tensor
     ramps: int
+    deciding: bool
 
     @property
     def head_rows(self) -> int:
-        return self.ramps * len(self.target_L)
+        return self.ramps * len(self.real_S)
+
+    @property
+    def deciding_rows(self) -> int:
+        return len(self.target_L) if self.deciding else 0
 
 
 class HardExit:
@@ -80,8 +88,7 @@ class HardExit:
     def __init__(
         self, options: HardExitOptions, ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig
     ) -> None:
-        if isinstance(options.rows, int) and options.rows > model.max_positions:
-            raise ConfigError(f"`rows` must be at most the model's {model.max_positions} positions, got {options.rows}")
+        check_rows(options.rows, model)
         self.options, self.ids, self.word_starts, self.model = options, ids, word_starts, model
         self.weights: Mapping[str, float] = {"hard_exit": 1.0, "length": options.length_weight}
         self.layout = ArLayout.aligned("bos_first", ids)
@@ -121,7 +128,9 @@ class HardExit:
             row_position_L=_joined(positions),
             term_counts=tuple(torch.bincount(term_L, minlength=2).tolist()),
             rows_B=tuple(rows),
+            real_S=term_L.nonzero().squeeze(1),
             ramps=self.ramps,
+            deciding=self.options.training == "simulated",
             **target_fields(examples, self.model.length_classes),
         )
 
@@ -132,27 +141,27 @@ class HardExit:
         memory_MD = model.encode(batch.source)
         if self.options.training == "all":
             assert isinstance(batch.rows, DecoderRows)
-            h_LD = model.decode_every_layer(batch.rows, memory_MD)
-            sizes: Sequence[int] = [len(batch.target_L)] * self.ramps
-            target_L, term_L = (x.repeat(self.ramps) for x in (batch.target_L, batch.term_L))
+            sizes: Sequence[int] = [len(batch.real_S)] * self.ramps
+            parts = model.decode_every_layer(batch.rows, memory_MD).split(len(batch.target_L) or 1)
+            h_LD = torch.cat([part.index_select(0, batch.real_S) for part in parts])
+            row_L = batch.real_S.repeat(self.ramps)
         else:
             h_LD, row_L, sizes = self._simulated(model, batch, memory_MD)
-            target_L, term_L = batch.target_L[row_L], batch.term_L[row_L]
         loss = VocabTargets(
-            target_R=target_L,
-            term_R=term_L,
+            target_R=batch.target_L[row_L],
+            term_R=torch.zeros_like(row_L),
             tuple_PK=batch.tuple_PK,
-            ce_scale=[0.0, scale["hard_exit"]],
+            ce_scale=[scale["hard_exit"]],
             label_smoothing=self.options.label_smoothing,
         )
         total, ce_T = model.ramp_losses(h_LD, sizes, loss)
         length_sum = length_loss(model, batch, memory_MD)
-        return total + scale["length"] * length_sum, {"hard_exit": ce_T[1], "length": length_sum.detach()}
+        return total + scale["length"] * length_sum, {"hard_exit": ce_T[0], "length": length_sum.detach()}
 
     def _simulated(
         self, model: EncoderDecoder, batch: RampBatch, memory_MD: Tensor
     ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Each row's state where the model lets it leave, which row it is, and how many leave at each layer."""
+        """States of the rows with a target where the model lets them leave, which rows, and how many at each layer."""
         lengths = batch.rows_B
         rows = ParallelRows.pack(model, lengths, batch.source, self.options.first_row)
         exits = np.split(plan_exits(model, rows, memory_MD.detach(), self.rule)[None], np.cumsum(lengths)[:-1], axis=1)
@@ -161,8 +170,13 @@ class HardExit:
             for i, (n, x) in enumerate(zip(lengths, exits, strict=False))
         ]
         plan = pack_exits(samples, self.model.decoder_layers, len(memory_MD), self.options.detach_copied_state)
-        plan = plan.to(memory_MD.device)
-        return model.decode(plan, memory_MD), plan.out_L, plan.sizes
+        real = [np.arange(n) < length - 1 for n, length in zip(lengths, batch.n_target, strict=True)]
+        real_R = np.concatenate([*real, np.empty(0, bool)])
+        kept = np.flatnonzero(real_R[plan.out_L.numpy()])
+        sizes = np.bincount(plan.layer_N.numpy()[kept], minlength=len(plan.sizes) + 1)[1:]
+        kept_S, plan = torch.from_numpy(kept).to(memory_MD.device), plan.to(memory_MD.device)
+        h_SD = model.decode(plan, memory_MD).index_select(0, kept_S)
+        return h_SD, plan.out_L[kept_S], tuple(sizes.tolist())
 
     @torch.no_grad()
     def preview(self, model: EncoderDecoder, batch: RampBatch, limit: int) -> list[Preview]:

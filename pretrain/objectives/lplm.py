@@ -22,7 +22,14 @@ from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
 from pretrain.models.soft_exit import likeliest
 from pretrain.objectives.base import Example, LossSums, Preview
-from pretrain.objectives.batch import RowsPerText, TokenBatch, length_loss, rows_per_text, target_fields
+from pretrain.objectives.batch import (
+    RowsPerText,
+    TokenBatch,
+    check_rows,
+    length_loss,
+    rows_per_text,
+    target_fields,
+)
 from pretrain.objectives.corruption import Infilling, infill_text
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -72,7 +79,7 @@ class LplmOptions(Section):
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        preset = PRESETS.get(values.get("preset", "paper"), {})
+        preset = PRESETS.get(str(values.get("preset", "paper")), {})
         filled = {**preset, **values}
         if isinstance(values.get("corruption"), dict) and "corruption" in preset:
             filled["corruption"] = {**preset["corruption"], **values["corruption"]}
@@ -90,6 +97,7 @@ class Lplm:
     """The objective on packed rows; a row's target is the token one further, as `first_row` stands for BOS."""
 
     def __init__(self, options: LplmOptions, ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig):
+        check_rows(options.rows, model)
         self.options, self.ids, self.word_starts, self.model = options, ids, word_starts, model
         self.weights: Mapping[str, float] = {"lplm": 1.0, "length": options.length_weight}
         self.layout = ArLayout.aligned("bos_first", ids)

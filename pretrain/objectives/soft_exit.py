@@ -14,12 +14,20 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pretrain.config import Fraction, ModelConfig, Rate, Section
+from pretrain.errors import ConfigError
 from pretrain.models import DecoderRows, EncoderDecoder, SourceRows, Stream, VocabTargets, pack_streams
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
 from pretrain.models.soft_exit import decode_soft, likeliest
 from pretrain.objectives.base import Example, LossSums, Preview
-from pretrain.objectives.batch import RowsPerText, TokenBatch, length_loss, rows_per_text, target_fields
+from pretrain.objectives.batch import (
+    RowsPerText,
+    TokenBatch,
+    check_rows,
+    length_loss,
+    rows_per_text,
+    target_fields,
+)
 from pretrain.objectives.corruption import Infilling, infill_text
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,7 +41,7 @@ class SoftExitOptions(Section):
 
     * `paper` (default): MASKs alone in the decoder, every row is fed what it would write (ELMER, section 4.3).
     * `released`: BOS in the first row, MASK rows up to the longest target of the micro-batch, and the right token in
-      place of the argmax for 30 % of the rows at each boundary.
+      place of the argmax for 30 % of the rows with a target at each boundary (there, of those behind it, too).
 
     rows: see `rows_per_text`. given: share of rows that are fed the right token. corruption: of texts; pairs stay as
     they are.
@@ -51,7 +59,7 @@ class SoftExitOptions(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        return {**PRESETS.get(values.get("preset", "paper"), {}), **values} if isinstance(values, dict) else values
+        return {**PRESETS.get(str(values.get("preset", "paper")), {}), **values} if isinstance(values, dict) else values
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,14 @@ class GivenExample(Example):
 
 @dataclass(frozen=True)
 class GivenBatch(TokenBatch):
-    """given_BR: bool, the same for all rows, none for rows behind a text."""
+    """given_BR: bool, the same for all rows, none for rows behind a text. real_S: the rows that have a target."""
 
     given_BR: Tensor
+    real_S: Tensor
 
     @property
     def head_rows(self) -> int:
-        return (len(self.given_BR) + 1) * len(self.target_L)
+        return (len(self.given_BR) + 1) * len(self.real_S)
 
     @property
     def fed_rows(self) -> int:
@@ -80,6 +89,9 @@ class SoftExit:
     """The objective on packed rows; row i, at position i, predicts t[i + 1] after every layer."""
 
     def __init__(self, options: SoftExitOptions, ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig):
+        check_rows(options.rows, model)
+        if not model.soft_exit:
+            raise ConfigError("`model.soft_exit` must be true for objective soft_exit, which feeds predictions back")
         self.options, self.ids, self.word_starts, self.model = options, ids, word_starts, model
         self.terms = [f"exit_{layer + 1}" for layer in range(model.decoder_layers)]
         self.weights: Mapping[str, float] = {
@@ -116,12 +128,13 @@ class SoftExit:
             source=source,
             rows=rows,
             target_L=target_L,
-            term_L=torch.where(real_L, 0, len(self.terms)),
+            term_L=torch.zeros_like(target_L),
             tuple_PK=torch.empty((0, 1), dtype=torch.int64),
             row_sample_L=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
             row_position_L=torch.cat([*(torch.arange(1, n + 1) for n in lengths), torch.empty(0, dtype=torch.int64)]),
             term_counts=(int(real_L.sum()),),
             given_BR=torch.from_numpy(np.concatenate(given, axis=1)),
+            real_S=real_L.nonzero().squeeze(1),
             **target_fields(examples, self.model.length_classes),
         )
 
@@ -132,18 +145,18 @@ class SoftExit:
         memory_MD = model.encode(batch.source)
         assert isinstance(batch.rows, DecoderRows)
         states = decode_soft(model, batch.rows, memory_MD, batch.target_L, batch.given_BR)
-        none = len(self.terms)  # rows without a target: a term of factor 0
-        term_L = torch.cat([torch.where(batch.term_L == none, none, layer) for layer in range(none)])
+        target_S, sizes = batch.target_L[batch.real_S], [len(batch.real_S)] * len(states)
         loss = VocabTargets(
-            target_R=batch.target_L.repeat(none),
-            term_R=term_L,
+            target_R=target_S.repeat(len(states)),
+            term_R=torch.arange(len(states), device=target_S.device).repeat_interleave(len(target_S)),
             tuple_PK=batch.tuple_PK,
-            ce_scale=[*(scale[name] for name in self.terms), 0.0],
+            ce_scale=[scale[name] for name in self.terms],
             label_smoothing=self.options.label_smoothing,
         )
-        total, ce_T = model.ramp_losses(torch.cat(states), [len(h_RD) for h_RD in states], loss)
+        scored = torch.cat([h_RD.index_select(0, batch.real_S) for h_RD in states])
+        total, ce_T = model.ramp_losses(scored, sizes, loss)
         length_sum = length_loss(model, batch, memory_MD)
-        sums = {**dict(zip(self.terms, ce_T, strict=False)), "length": length_sum.detach()}
+        sums = {**dict(zip(self.terms, ce_T, strict=True)), "length": length_sum.detach()}
         return total + scale["length"] * length_sum, sums
 
     @torch.no_grad()

@@ -11,13 +11,13 @@ from pretrain.distributed import World
 from pretrain.engine import build
 from pretrain.engine.calls import CallGuard
 from pretrain.loop import global_counts, global_means
-from pretrain.models import EncoderDecoder
+from pretrain.models import EncoderDecoder, encoder_decoder
 from pretrain.objectives import ObjectiveModule
 from pretrain.objectives import build as build_objective
 from pretrain.objectives.lplm import ExitExample
 from tests.distributed_helper import run_ranks
 from tests.e2e.test_ranks import SHAPE
-from tests.pretrain.objectives.cases import IDS, examples
+from tests.pretrain.objectives.cases import IDS, VOCAB, examples
 
 ROUNDS, RANKS = 50, 2
 DEEP = SHAPE.model_copy(update={"decoder_layers": 3})
@@ -27,7 +27,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "lplm": {"name": "lplm", "copies": COPIES},
     # At the entropies of a model that has hardly learned, so that exits differ.
     "simulated": {"name": "hard_exit", "training": "simulated", "threshold": 3.5},
+    "soft_exit": {"name": "soft_exit", "given": 0.3},
 }
+TERMS = {"lplm": "lplm", "hard_exit": "hard_exit", "soft_exit": "exit_3"}
 
 
 def batch_of(objective: Any, round_: int, rank: int) -> Any:
@@ -39,21 +41,25 @@ def batch_of(objective: Any, round_: int, rank: int) -> Any:
     for e in examples(seed=round_ * RANKS + rank, sizes=[(3, 4, 0), (2, 6, 0), (4, 1, 0)])[: kind and 3]:
         exits = rng.choice(chosen, size=(COPIES, len(e.target) - 1))
         made.append(ExitExample(e.source, e.target, e.masked, exits))  # hard_exit lets the model decide
+    if objective.modes == ("soft_exit",):
+        made = [objective.corrupt_pair(e.source, e.target, rng) for e in made]
     return objective.collate(made)
 
 
 def train(world: World, kind: str, ranks: int, options: dict[str, Any]) -> list[float]:
     """Losses of the global batch of every round, cut into `ranks` micro-batches."""
     torch.manual_seed(0)
-    objective = build_objective(options, IDS, None, DEEP)
-    module = ObjectiveModule(EncoderDecoder(DEEP, IDS), objective)
+    encoder_decoder.MAX_LOGITS = 8 * VOCAB  # blocks of eight rows: some ranks have more of them
+    config = DEEP.model_copy(update={"soft_exit": options["name"] == "soft_exit"})
+    objective = build_objective(options, IDS, None, config)
+    module = ObjectiveModule(EncoderDecoder(config, IDS), objective)
     engine = build(EngineConfig(kind=kind, zero_stage=3, check_calls=True), OPTIM, module, world)  # type: ignore[arg-type]
     losses = []
     for round_ in range(ROUNDS):
         batches = [batch_of(objective, round_, rank) for rank in range(world.rank, ranks, world.size)]
         counts, _ = global_counts(objective, batches)
         scale = {t: w * engine.loss_factor / max(1, counts[t]) for t, w in objective.weights.items()}
-        losses.append(global_means(engine.accumulate(batches, scale), counts).get(options["name"], 0.0))
+        losses.append(global_means(engine.accumulate(batches, scale), counts).get(TERMS[options["name"]], 0.0))
         engine.step(OPTIM.lr)
     return losses
 

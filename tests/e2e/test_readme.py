@@ -20,6 +20,7 @@ NARROW = ["model.d_model=32", "model.heads=2", "model.ffn_dim=32", "train.valida
 TINY = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "heads": 2, "ffn_dim": 24, "max_positions": 512}
 ON_A_CPU = ["engine.precision=fp32", "batch.samples=4", "data.workers=0", *NARROW[3:]]
 ON_A_CPU += [f"model.{key}={value}" for key, value in TINY.items()]
+FEW_UPDATES = ["train.steps=2", "train.validate_every=0", "train.sample_every=0", "batch.samples=4"]
 SMALLER = {
     "configs/pretrain/janus_base.yaml": ON_A_CPU,
     "configs/pretrain/quickstart.yaml": ["train.steps=2", "train.save_every=2", "batch.tokens=256", *NARROW],
@@ -27,13 +28,8 @@ SMALLER = {
     "configs/pretrain/debug.yaml": ["train.steps=2"],
     "configs/finetune/stdlib_summaries/ar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
     "configs/finetune/stdlib_summaries/nar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
-    "configs/finetune/stdlib_summaries/hard_exit.yaml": [
-    "configs/finetune/stdlib_summaries/soft_exit.yaml": [
-        "train.steps=2",
-        "train.validate_every=0",
-        "train.sample_every=0",
-        "batch.samples=4",
-    ],
+    "configs/finetune/stdlib_summaries/hard_exit.yaml": FEW_UPDATES,
+    "configs/finetune/stdlib_summaries/soft_exit.yaml": FEW_UPDATES,
 }
 
 

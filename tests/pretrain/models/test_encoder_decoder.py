@@ -95,3 +95,14 @@ def test_positions_follow_fairseq_and_bart():
     assert rows.positions_R.tolist() == [0, 1, 2, 0, 1]
     table = model.encoder.embed_positions
     assert torch.equal(table(torch.tensor([0])), table.weight[2:3])
+
+
+def test_golden_logits_of_hard_exit_are_those_of_each_layers_own_head():
+    model = tiny_model(decoder_layers=3, off_ramps="separate")
+    layout = ArLayout.aligned("bos_first", IDS)
+    before = golden(model, layout, ("hard_exit",))["logits/hard_exit"]
+    for ramp in model.ramps:
+        ramp.weight.data.neg_()
+    after = golden(model, layout, ("hard_exit",))["logits/hard_exit"]
+    torch.testing.assert_close(after[:6], -before[:6])
+    assert torch.equal(after[6:], before[6:]) and len(after) == 9  # three rows leave at each layer

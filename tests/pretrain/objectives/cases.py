@@ -9,7 +9,7 @@ from pretrain.objectives import Example
 
 IDS = SpecialIds(bos=0, pad=1, eos=2, mask=4, unk=3)
 VOCAB = 37
-SHAPE = ModelConfig(decoder_layers=2, length_classes=24)
+SHAPE = ModelConfig(decoder_layers=2, length_classes=24, soft_exit=True)
 WHOLE = np.zeros(1, np.int32)  # a text of one sentence
 
 

@@ -125,7 +125,7 @@ def test_all_is_every_off_ramp_on_every_token(norm, rows):
     tokens = sum(len(e.target) - 1 for e in given)
     assert hard.counts(batch) == {"hard_exit": LAYERS * tokens, "length": len(given)}
     vocabulary, width, classes = model.config.vocab_size, model.config.d_model, model.config.length_classes
-    projected = LAYERS * len(batch.target_L) * vocabulary + len(given) * classes
+    projected = LAYERS * tokens * vocabulary + len(given) * classes
     assert batch_flops(model.config, batch).heads == 2 * width * projected
 
 

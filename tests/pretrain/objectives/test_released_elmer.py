@@ -124,7 +124,7 @@ def soft_model(soft_golden):
 
 @pytest.fixture(scope="module")
 def soft_exit():
-    return build({"name": "soft_exit", "preset": "released"}, IDS, None, CONFIG)
+    return build({"name": "soft_exit", "preset": "released"}, IDS, None, CONFIG.model_copy(update={"soft_exit": True}))
 
 
 def soft_examples(golden, case):

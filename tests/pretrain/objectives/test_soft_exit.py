@@ -115,11 +115,13 @@ def test_share_that_is_given():
 
 def test_a_model_without_feedback_is_named():
     model = tiny_model(decoder_layers=LAYERS)
-    soft = build({"name": "soft_exit"}, IDS, None, model.config)
+    soft = build({"name": "soft_exit"}, IDS, None, soft_model().config)
+    with pytest.raises(ConfigError, match=r"`model\.soft_exit` must be true for objective soft_exit"):
+        build({"name": "soft_exit"}, IDS, None, model.config)
     with pytest.raises(ValueError, match="soft exit needs a model with `soft_exit`"):
-        soft.losses(model, soft.collate(draw()), soft.weights)
+        decode_soft(model, soft.collate(draw()).rows, torch.zeros(21, 16, dtype=torch.float64))
     with pytest.raises(ConfigError, match="given"):
-        build({"name": "soft_exit", "given": 1.2}, IDS, None, model.config)
+        build({"name": "soft_exit", "given": 1.2}, IDS, None, soft_model().config)
 
 
 def test_a_grown_model_keeps_what_it_had():
