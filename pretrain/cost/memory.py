@@ -86,7 +86,8 @@ def rank_memory(
     if engine.offload == "all":
         host["weights"] = low * share
         parts["weights"] -= low * share
-    vocabulary = FULL * (config.vocab_size or 0) * (config.d_model + CHUNK_TENSORS * CHUNK_ROWS)
+    heads = config.decoder_layers if config.off_ramps == "separate" else 1  # each holds its gradient until the backward
+    vocabulary = FULL * (config.vocab_size or 0) * (heads * config.d_model + CHUNK_TENSORS * CHUNK_ROWS)
     return Memory({**parts, "activations": activations, "vocabulary loss": vocabulary}, host)
 
 

@@ -142,6 +142,19 @@ def test_activations_are_what_autograd_saves(name, shape, checkpointing):
         assert estimate == pytest.approx(saved, rel=0.08)
 
 
+def test_deciding_where_rows_leave_is_a_forward_of_its_own():
+    model = tiny_model(decoder_layers=3)
+    every, simulated = (objective_of("hard_exit", 3, training=training) for training in ("all", "simulated"))
+    counts = [facts(model)["flops"](o.collate(examples())) for o in (every, simulated)]
+    plain = [batch_flops(model.config, o.collate(examples())) for o in (every, simulated)]
+    assert counts[0] == plain[0].training
+    rows = sum(len(e.target) - 1 for e in examples())
+    asked = 2 * 2 * rows * model.config.d_model * VOCAB  # two off-ramps
+    in_the_encoder = 2 * sum(len(e.source) ** 2 for e in examples())  # pairs that attend, in two layers
+    decoder = plain[1].decoder + plain[1].attention - 4 * model.config.d_model * in_the_encoder
+    assert counts[1] == plain[1].training + decoder + asked
+
+
 def engine_of(world, kind, stage, precision):
     with torch.random.fork_rng():
         torch.manual_seed(0)
