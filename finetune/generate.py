@@ -15,6 +15,7 @@ from finetune import runners
 from finetune.corpus import enclose
 from finetune.decoding import Exits, Generated
 from finetune.runners import Runner
+from finetune.runners.exits import trained_with
 from finetune.tasks import one_line
 from finetune.tasks.pairs import read_lines
 from pretrain.bundles.bundle import load_bundle
@@ -132,7 +133,7 @@ def generate(
         raise UsageError(f"`--output` must be another file than `--input`, both are `{target_file}`")
     bundle = load_bundle(bundle_path)
     description = bundle.description
-    check_mode(description, bundle_path, mode)
+    check_mode(description, bundle_path, mode, options)
     sources = _stdin_lines() if source_file == STANDARD else read_lines(source_file)
     if not sources:
         raise DataError(f"`{source_file}` must hold at least one line, it is empty")
@@ -150,8 +151,8 @@ def generate(
     return written
 
 
-def check_mode(description: Description, bundle_path: str, mode: str) -> None:
-    """Raises UsageError if the bundle cannot write in `mode`."""
+def check_mode(description: Description, bundle_path: str, mode: str, options: Mapping[str, Any]) -> None:
+    """Raises UsageError if the bundle cannot write in `mode` with these options of its decoder."""
     modes = description.modes
     if not set(NEEDS[mode]) & set(modes):
         wanted = " or ".join(NEEDS[mode])
@@ -160,6 +161,19 @@ def check_mode(description: Description, bundle_path: str, mode: str) -> None:
         raise UsageError(
             f"`--mode` nar needs a trained length predictor, that of `{bundle_path}` never was: tune the bundle first, "
             "`python -m finetune train` with `runner.name=nar`"
+        )
+    if mode not in ("hard_exit", "soft_exit") or trained_with(description).get("rows") != "target":
+        return
+    if mode == "soft_exit" or not description.length_trained:
+        raise UsageError(
+            f"`--mode` {mode} needs a bundle trained with a fixed number of rows, `{bundle_path}` took the length of "
+            "each text from it (`rows` target): tune the bundle first, `python -m finetune train` with "
+            f"`runner.name={mode}`"
+        )
+    if options.get("rows", "fixed") != "predicted":
+        raise UsageError(
+            f"`--rows` must be predicted where `{bundle_path}` took the length of each text from the number of rows "
+            "(`rows` target), got fixed"
         )
 
 

@@ -62,12 +62,12 @@ def sweep_threshold(
         sentences: how many of the pairs; None: all.
 
     Raises:
-        UsageError: the bundle does not write by hard exit.
+        UsageError: the bundle does not write by hard exit with these options.
         CheckpointError, ConfigError, DataError: a bad bundle, option or input.
     """
     bundle = load_bundle(bundle_path)
     description = bundle.description
-    check_mode(description, bundle_path, "hard_exit")
+    check_mode(description, bundle_path, "hard_exit", options)
     decodings = [{**options, "threshold": threshold} for threshold in thresholds]
     ways = [runners.build({"name": "hard_exit", "decoding": decoding}, description) for decoding in decodings]
     pairs = read_pairs(data, "--data")[:sentences]

@@ -15,6 +15,8 @@ from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder
 from pretrain.models.encoder_decoder import MAX_LOGITS
 
+USUAL_LENGTH = 64  # of a text in tokens, with BOS and EOS, where neither option nor bundle tells
+
 
 @dataclass(frozen=True)
 class Generated:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from finetune.decoding.common import Exits, Generated, check_length, until_eos, writing
+from finetune.decoding.common import USUAL_LENGTH, Exits, Generated, check_length, until_eos, writing
 from finetune.decoding.length import candidate_lengths
 from pretrain.config import ModelConfig, Section
 from pretrain.cost.flops import decoder_flops
@@ -21,9 +21,12 @@ from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.early_exit import ExitRule, Left, ParallelRows, write_early
 from pretrain.models.patterns import FirstRow
 
+USUAL_THRESHOLD = 0.5
+
 
 class HardExitDecoding(Section):
-    """threshold: nats; a token leaves after the first layer where the entropy of its prediction is below.
+    """threshold: nats; a token leaves after the first layer where the entropy of its prediction is below; null: what
+    the bundle was tuned with, else 0.5.
 
     rows: how many tokens are written at once: `fixed`, as many as `max_length` allows, or `predicted` by the length
     predictor. max_length: longest text in tokens, with BOS and EOS; null: what the bundle was tuned with, else 64.
@@ -31,7 +34,7 @@ class HardExitDecoding(Section):
     much as four layers, so that fewer tests save more than early exits; tokens may leave later than without.
     """
 
-    threshold: float = Field(0.5, ge=0.0)
+    threshold: Annotated[float, Field(ge=0.0)] | None = None
     rows: Literal["fixed", "predicted"] = "fixed"
     max_length: Annotated[int, Field(ge=3)] | None = None
     test_layers: list[int] | None = None
@@ -53,7 +56,8 @@ def hard_exit(model: EncoderDecoder, source: SourceRows, first_row: FirstRow, op
     Raises:
         ConfigError: if `max_length` exceeds the model's positions, or a test layer the decoder.
     """
-    longest = options.max_length or 64
+    longest = options.max_length or USUAL_LENGTH
+    threshold = USUAL_THRESHOLD if options.threshold is None else options.threshold
     check_length(model, longest)
     check_layers(model.config, options.test_layers)
     layers = None if options.test_layers is None else tuple(options.test_layers)
@@ -68,9 +72,7 @@ def hard_exit(model: EncoderDecoder, source: SourceRows, first_row: FirstRow, op
             best_B1 = candidate_lengths(model.length_logits(memory_MD, source), 1, "contiguous", most)
             lengths = (best_B1[:, 0] - 1).tolist()  # BOS has no row
         rows = ParallelRows.pack(model, lengths, source, first_row)
-        left = write_early(
-            model, rows, memory_MD, ExitRule(options.threshold, layers), [ids.bos, ids.pad, ids.mask, ids.unk]
-        )
+        left = write_early(model, rows, memory_MD, ExitRule(threshold, layers), [ids.bos, ids.pad, ids.mask, ids.unk])
     made = until_eos(left.token_R.cpu().split(lengths), left.log_p_R.cpu().split(lengths), ids.eos, passes=1)
     exits = np.split(left.exit_R, np.cumsum(lengths)[:-1])
     written = [exit_N[: len(tokens) + 1] for exit_N, tokens in zip(exits, made.tokens, strict=True)]

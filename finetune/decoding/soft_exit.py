@@ -3,10 +3,12 @@
 Nothing is skipped; a text ends at its first EOS (ELMER, section 4.3).
 """
 
+from typing import Annotated
+
 import numpy as np
 from pydantic import Field
 
-from finetune.decoding.common import Generated, check_length, most_likely, until_eos, writing
+from finetune.decoding.common import USUAL_LENGTH, Generated, check_length, most_likely, until_eos, writing
 from pretrain.config import Section
 from pretrain.models import EncoderDecoder, SourceRows, Stream, pack_streams
 from pretrain.models.patterns import FirstRow, mask_rows
@@ -14,9 +16,12 @@ from pretrain.models.soft_exit import decode_soft
 
 
 class SoftExitDecoding(Section):
-    """max_length: longest text in tokens, with BOS and EOS; the decoder has a row for each but BOS."""
+    """max_length: longest text in tokens, with BOS and EOS; the decoder has a row for each but BOS.
 
-    max_length: int = Field(64, ge=3)
+    null: what the bundle was tuned with, else 64.
+    """
+
+    max_length: Annotated[int, Field(ge=3)] | None = None
 
 
 def soft_exit(model: EncoderDecoder, source: SourceRows, first_row: FirstRow, options: SoftExitDecoding) -> Generated:
@@ -25,10 +30,11 @@ def soft_exit(model: EncoderDecoder, source: SourceRows, first_row: FirstRow, op
     Raises:
         ConfigError: if `max_length` exceeds the model's positions.
     """
-    check_length(model, options.max_length)
+    longest = options.max_length or USUAL_LENGTH
+    check_length(model, longest)
     if not source.n_samples:
         return Generated([], [], 0)
-    ids, n = model.ids, options.max_length - 1
+    ids, n = model.ids, longest - 1
     tokens, places, nothing = mask_rows(n, ids, first_row), np.arange(n), np.zeros(n, np.int64)
     streams = [
         Stream(tokens, places, [(n, n, 0, 0, 0, 0)], source.memory_range(index), (0, n), nothing, term=0)

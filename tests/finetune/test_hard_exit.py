@@ -19,7 +19,6 @@ from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder, Stream, encoder_decoder, pack_streams
 from pretrain.models.early_exit import ExitRule, ParallelRows, off_ramp, plan_exits, write_early
 from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
-from pretrain.objectives import build
 from tests.finetune.models import IDS, pack, some_sources, tiny_model
 
 VOCAB, LAYERS = 40, 4
@@ -240,16 +239,3 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match=r"`decoding\.rows` must be `fixed` where no length predictor"):
         runners.build({"name": "hard_exit", "decoding": {"rows": "predicted"}}, about())
     runners.build({"name": "hard_exit", "decoding": {"rows": "predicted"}}, about(length_trained=True))
-    runner = runners.build({"name": "hard_exit", "rows": 65}, about())
-    with pytest.raises(ConfigError, match="`rows` must be at most the model's 64 positions, got 65"):
-        build(runner.objective, IDS, None, deep_model().config)
-
-
-def test_the_first_row_and_the_rows_travel_with_the_bundle() -> None:
-    released = about(objective={"name": "lplm", "preset": "released"})
-    for description, first in ((released, "bos"), (about(), "mask"), (about(objective={"name": "other"}), "mask")):
-        tuned = runners.build({"name": "hard_exit", "rows": 20}, description)
-        assert tuned.objective["first_row"] == first and tuned.decoding.max_length == 21
-        later = runners.build({"name": "hard_exit"}, runners.with_modes(description, tuned))
-        assert later.objective["first_row"] == first and later.decoding.max_length == 21
-    assert runners.build({"name": "hard_exit", "rows": "target"}, about()).decoding.max_length == 64

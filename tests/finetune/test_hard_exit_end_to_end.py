@@ -30,6 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "test.tsv").write_text("".join(lines[:10]), encoding="utf-8")
     (folder / "test.src").write_text("".join(f"{source}\n" for source, _ in PAIRS[:10]), encoding="utf-8")
     (folder / "test.tgt").write_text("".join(f"{target}\n" for _, target in PAIRS[:10]), encoding="utf-8")
+    bundle_at(folder / "told", ("hard_exit",), "bos_first", trained=False)
     bundle_at(folder / "janus", ("ar", "nar"), "bos_first")
     assert main(["train", str(config_at(folder, "all"))]) == 0
     return folder
@@ -133,6 +134,8 @@ def test_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "TUNED", "--rows", "predicted"], 3, "`decoding.rows` must be `fixed`"),
         (["generate", "TUNED", "--test-layers", "3"], 3, "`test_layers` must be layers from 1 to 2, got 3"),
         (["generate", "TUNED", "--beam", "3"], 2, "`--beam` must not be given with `--mode` hard_exit"),
+        (["generate", "UNTUNED"], 2, "took the length of each text from it (`rows` target): tune the bundle first"),
+        (["sweep-threshold", "UNTUNED", "--data", "TSV"], 2, "tune the bundle first"),
         (["sweep-threshold", "JANUS", "--data", "TSV"], 2, "a bundle with mode hard_exit"),
         (["sweep-threshold", "TUNED", "--data", "IN"], 4, "must be source, a tab and target"),
         (["sweep-threshold", "TUNED", "--data", "IN", "IN", "IN"], 3, "`--data` must be one TSV file or two"),
@@ -143,7 +146,7 @@ def test_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_refusals_are_one_line(
     place: Path, command: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"JANUS": "janus", "TUNED": "runs/all/bundle", "IN": "test.src", "TSV": "test.tsv"}
+    names = {"JANUS": "janus", "TUNED": "runs/all/bundle", "UNTUNED": "told", "IN": "test.src", "TSV": "test.tsv"}
     if command[0] == "generate" and "--mode" not in command:
         command = [*command, "--mode", "hard_exit", "--input", "IN", "--output", "-"]
     assert main([str(place / names[word]) if word in names else word for word in command]) == code
