@@ -71,7 +71,7 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         given = together(lambda: complete_options(config.load(TuneConfig, config_path, overrides)))
         check_same("the configuration", flatten(given.model_dump(mode="json")), ConfigError)
         bundle = together(lambda: open_bundle(given))
-        runner = together(lambda: runners.build(given.runner, bundle.description))
+        runner = together(lambda: build_runner(given, bundle))
         data = together(lambda: read_data(given, bundle))
         check_same("`bundle` and the pairs of `task`", data.fingerprint, DataError)
         stream, module = together(lambda: assemble(given, bundle, runner, data))
@@ -164,6 +164,18 @@ def open_bundle(settings: TuneConfig) -> Bundle:
         raise ConfigError(f"`engine.backend`: {error}") from None
     bundle.model.checkpointing = settings.engine.activation_checkpointing
     return bundle
+
+
+def build_runner(settings: TuneConfig, bundle: Bundle) -> Runner:
+    """The runner for the bundle; raises ConfigError where its number of rows does not hold the longest target."""
+    runner = runners.build(settings.runner, bundle.description)
+    rows, needed = runner.objective.get("rows"), settings.max_target - 1
+    if isinstance(rows, int) and rows < needed:
+        raise ConfigError(
+            f"`runner.rows` must be at least {needed}, the `max_target` of {settings.max_target} without BOS, "
+            f"got {rows}: longer targets would tell their length, and never be written"
+        )
+    return runner
 
 
 def read_data(settings: TuneConfig, bundle: Bundle) -> Data:

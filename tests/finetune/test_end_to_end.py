@@ -8,7 +8,10 @@ import pytest
 import torch
 import yaml
 
+from finetune import runners
 from finetune.__main__ import main
+from finetune.runners.hard_exit import HardExitRunner
+from finetune.runners.soft_exit import SoftExit
 from pretrain.bundles.bundle import load_bundle, write_bundle
 from pretrain.bundles.description import Description, Mode
 from pretrain.config import ModelConfig
@@ -29,7 +32,7 @@ def bundle_at(folder: Path, modes: tuple[Mode, ...], layout: Layout, seed: int =
     )  # fmt: skip
     torch.manual_seed(seed)
     weights = EncoderDecoder(config, ids).state_dict()
-    name = "janus" if "ar" in modes else "denoise"
+    name = "lplm" if "hard_exit" in modes else "janus" if "ar" in modes else "denoise"
     description = Description(
         config, ids, ArLayout.aligned(layout, ids), modes, {"name": name}, max_source=24, length_trained=trained
     )
@@ -171,6 +174,13 @@ def test_refusals_are_one_line(
     ("changes", "message"),
     [
         ({"max_source": 65}, "`max_source` must be at most the bundle's 64 positions, got 65"),
+        (
+            {"runner": {"name": "soft_exit", "rows": 14}},
+            "`runner.rows` must be at least 15, the `max_target` of 16 without BOS, got 14",
+        ),
+        ({"runner": {"name": "hard_exit", "rows": 14}}, "`max_target` of 16 without BOS, got 14"),
+        ({"runner": {"name": "soft_exit", "rows": 64}}, "`runner.rows` must be at most 63, the bundle's 64 positions"),
+        ({"runner": {"name": "soft_exit", "rows": "target"}}, "must be a number or `longest` with soft_exit"),
         ({"runner": {"name": "narr"}}, "`runner.name` must be one of ar, nar,"),
         ({"runner": {"name": "nar", "decoding": {"iteration": 1}}}, "did you mean `iterations`?"),
         ({"bundl": "x"}, "unknown key `bundl`; did you mean `bundle`?"),
@@ -227,3 +237,19 @@ def test_nar_is_not_tuned_without_its_length_predictor(place: Path, capsys: pyte
     config = config_at(place, "lengthless-nar", "nar", runner={"name": "nar", "length_weight": 0.0})
     assert main(["train", str(config)]) == 3
     assert "`length_weight` must be greater than 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runner", ["hard_exit", "soft_exit"])
+def test_a_tuned_bundle_writes_with_the_rows_of_tuning(place: Path, runner: str) -> None:
+    """Generation without options, and validation with shorter texts than were tuned."""
+    options = {"name": runner, "rows": 20, "decoding": {"max_length": 9}}
+    path = config_at(place, f"rows-{runner}", runner, runner=options, train={"steps": 1, "save_every": 1})
+    assert main(["train", str(path)]) == 0
+    description = load_bundle(place / "runs" / f"rows-{runner}" / "bundle").description
+    assert description.objective["rows"] == 20
+    later = runners.build({"name": runner, "decoding": {}}, description)
+    assert isinstance(later, HardExitRunner | SoftExit) and later.decoding.max_length == 21
+    # what only concerns validation may change, and changes nothing else
+    assert main(["train", str(path), "runner.decoding.max_length=12", "train.steps=2"]) == 0
+    again = load_bundle(place / "runs" / f"rows-{runner}" / "bundle").description
+    assert again == description
