@@ -7,7 +7,7 @@ import pytest
 from finetune import runners, tasks
 from finetune.config import TuneConfig
 from pretrain.bundles.description import Description, Mode
-from pretrain.config import ModelConfig, load
+from pretrain.config import load
 from pretrain.models.patterns import ArLayout, Layout
 from pretrain.objectives import build
 from tests.finetune.models import IDS, tiny_model
@@ -29,4 +29,4 @@ def test_shipped_configuration(path: Path) -> None:
     for layout, modes in kinds:
         about = Description(tiny_model().config, IDS, ArLayout.aligned(layout, IDS), modes, {})
         runner = runners.build(settings.runner, about)
-        assert build(runner.objective, IDS, None, ModelConfig(length_classes=32)).modes[0] == runner.modes[0]
+        assert build(runner.objective, IDS, None, runner.model).modes[0] == runner.modes[0]

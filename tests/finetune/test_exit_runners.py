@@ -34,9 +34,9 @@ def rows_written(runner: Runner) -> int:
     return len(made.tokens[0])
 
 
-def rows_tuned(runner: Runner, description: Description) -> int:
+def rows_tuned(runner: Runner) -> int:
     """Decoder rows of one short text in training."""
-    objective = build(runner.objective, IDS, None, description.model)
+    objective = build(runner.objective, IDS, None, runner.model)
     target = np.array([IDS.bos, 7, 8, IDS.eos])
     batch = objective.collate([objective.corrupt_pair(target, target, np.random.default_rng(0))])
     return len(batch.target_L)
@@ -48,7 +48,7 @@ def test_as_many_rows_are_written_as_were_tuned(name: str, options: dict[str, An
     start = about(positions)
     tuned = runners.build({"name": name, **options}, start)
     bundle = with_modes(start, tuned)
-    assert rows_tuned(tuned, start) == rows == rows_written(runners.build({"name": name}, bundle))
+    assert rows_tuned(tuned) == rows == rows_written(runners.build({"name": name}, bundle))
     assert rows_written(tuned) == rows
 
 
