@@ -120,10 +120,10 @@ class Quickstart:
     def table(self) -> list[str]:
         """Losses, then quality and latency of each way to write."""
         runs = self.folder / "runs"
-        lines = [f"{'loss':34}{'first':>8}{'last':>8}"]
+        lines = [f"{'loss':38}{'first':>8}{'last':>8}"]
         for name in (self.run, *map(self.tuned, self.story.runners)):
             for term, first, last in losses(runs / name / "tb"):
-                lines.append(f"{name + ' ' + term:34}{first:8.2f}{last:8.2f}")
+                lines.append(f"{name + ' ' + term:38}{first:8.2f}{last:8.2f}")
         lines += ["", f"{'test set of ' + TASK:24}{'ROUGE-1':>9}{'ROUGE-L':>9}{'ms a sentence':>15}{'passes':>9}"]
         return [*lines, *(self._written(way) for way in self.story.ways)]
 
