@@ -20,6 +20,7 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.flatten import flatten
 from pretrain.hooks import TextSamples
 from pretrain.loop import Hook, Progress
+from pretrain.parsing import read_json
 from pretrain.run import PREVIEWS, Run, claim
 from pretrain.watch.console import short
 from pretrain.watch.pictures import mask_pictures
@@ -47,7 +48,7 @@ def main(
         world = distributed.init()
         stack.callback(distributed.shutdown)
         given = together(lambda: complete_options(config.load(RunConfig, config_path, overrides)))
-        user = together(lambda: config.read_json(deepspeed_config) if deepspeed_config else {})
+        user = together(lambda: read_json(deepspeed_config) if deepspeed_config else {})
         check_same("the configuration", flatten({**given.model_dump(mode="json"), "deepspeed": user}), ConfigError)
         dataset = together(lambda: ShardDataset(given.data.path, given.data.on_bad_shard))
         data = {**runs.fingerprint(dataset.manifest), "skipped": dataset.skipped_shards}

@@ -1,7 +1,7 @@
 """Decoders: functions of a model and a batch of sources. None of them can be given a reference."""
 
 from finetune.decoding.beam import BeamOptions, beam_search
-from finetune.decoding.common import Exits, Generated, writing
+from finetune.decoding.common import Exits, Generated
 from finetune.decoding.hard_exit import HardExitDecoding, hard_exit
 from finetune.decoding.mask_predict import MaskPredictOptions, mask_predict
 
@@ -14,5 +14,4 @@ __all__ = [
     "beam_search",
     "hard_exit",
     "mask_predict",
-    "writing",
 ]

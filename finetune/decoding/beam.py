@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finetune.decoding.common import Generated, check_length, writing
+from finetune.decoding.common import Generated, check_length
 from pretrain.config import Section
 from pretrain.models import EncoderDecoder, SourceRows
+from pretrain.models.encoder_decoder import writing
 from pretrain.models.incremental import IncrementalDecoder, StreamName
 from pretrain.models.patterns import ArLayout
 

@@ -3,8 +3,7 @@
 Shapes: L rows, D width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder
-from pretrain.models.encoder_decoder import MAX_LOGITS
 
 USUAL_LENGTH = 64  # of a text in tokens, with BOS and EOS, where neither option nor bundle tells
 
@@ -70,18 +68,6 @@ def check_length(model: EncoderDecoder, max_length: int) -> None:
         raise ConfigError(f"`max_length` must be at most the model's {limit} positions, got {max_length}")
 
 
-@contextmanager
-def writing(model: EncoderDecoder) -> Iterator[None]:
-    """Eval mode without gradients inside, the former mode outside."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def until_eos(tokens: Sequence[Tensor], scores: Sequence[Tensor], eos: int, passes: int) -> Generated:
     """Texts up to their first EOS. tokens, scores: per text, each row's token and log-probability, on the host.
 
@@ -100,16 +86,15 @@ def most_likely(model: EncoderDecoder, h_LD: Tensor, banned: list[int]) -> tuple
     """(token_L int64, log-probability_L float32 or wider) of the best token that is not banned.
 
     Probabilities are over the whole vocabulary, so banning changes the choice and no number. Only two values a row
-    outlive the logits, which exist in blocks of at most `MAX_LOGITS` entries.
+    outlive the logits, which exist in blocks alone.
     """
-    block = max(1, MAX_LOGITS // (model.config.vocab_size or 1))
-    tokens, values = [], []
-    for part_LD in h_LD.split(block):
-        logits_LV = model.logits(part_LD)
+
+    def best(logits_LV: Tensor) -> tuple[Tensor, Tensor]:
         logits_LV = logits_LV.float() if logits_LV.dtype.itemsize < 4 else logits_LV
         total_L = logits_LV.logsumexp(dim=1)
         logits_LV[:, banned] = -torch.inf
-        best = logits_LV.max(dim=1)
-        tokens.append(best.indices)
-        values.append(best.values - total_L)
-    return torch.cat(tokens), torch.cat(values)
+        found = logits_LV.max(dim=1)
+        return found.indices, found.values - total_L
+
+    token_L, log_p_L = model.head(h_LD, reduction=best)
+    return token_L, log_p_L

@@ -12,13 +12,14 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from finetune.decoding.common import USUAL_LENGTH, Exits, Generated, check_length, until_eos, writing
+from finetune.decoding.common import USUAL_LENGTH, Exits, Generated, check_length, until_eos
 from finetune.decoding.length import candidate_lengths
 from pretrain.config import ModelConfig, Section
 from pretrain.cost.flops import decoder_flops
 from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.early_exit import ExitRule, Left, ParallelRows, write_early
+from pretrain.models.encoder_decoder import writing
 from pretrain.models.patterns import FirstRow
 
 USUAL_THRESHOLD = 0.5

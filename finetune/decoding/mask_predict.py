@@ -14,11 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finetune.decoding.common import Generated, check_length, most_likely, writing
+from finetune.decoding.common import Generated, check_length, most_likely
 from finetune.decoding.length import EMPTY, LengthChoice, candidate_lengths
 from parlance_kernels import SampleMask
 from pretrain.config import Section
 from pretrain.models import DecoderRows, EncoderDecoder, SourceRows
+from pretrain.models.encoder_decoder import writing
 from pretrain.models.incremental import KeysValues, decode_over, project_memory
 
 CountT = TypeVar("CountT", int, np.ndarray)

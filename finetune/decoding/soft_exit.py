@@ -8,10 +8,11 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from finetune.decoding.common import USUAL_LENGTH, Generated, check_length, most_likely, until_eos, writing
+from finetune.decoding.common import USUAL_LENGTH, Generated, check_length, most_likely, until_eos
 from pretrain.config import Section
-from pretrain.models import EncoderDecoder, SourceRows, Stream, pack_streams
-from pretrain.models.patterns import FirstRow, mask_rows
+from pretrain.models import EncoderDecoder, SourceRows, pack_streams
+from pretrain.models.encoder_decoder import writing
+from pretrain.models.patterns import FirstRow, all_masks
 from pretrain.models.soft_exit import decode_soft
 
 
@@ -35,11 +36,9 @@ def soft_exit(model: EncoderDecoder, source: SourceRows, first_row: FirstRow, op
     if not source.n_samples:
         return Generated([], [], 0)
     ids, n = model.ids, longest - 1
-    tokens, places, nothing = mask_rows(n, ids, first_row), np.arange(n), np.zeros(n, np.int64)
-    streams = [
-        Stream(tokens, places, [(n, n, 0, 0, 0, 0)], source.memory_range(index), (0, n), nothing, term=0)
-        for index in range(source.n_samples)
-    ]
+    nothing = np.full(n, ids.pad)  # to predict
+    ranges = [source.memory_range(index) for index in range(source.n_samples)]
+    streams = [all_masks(nothing, memory, ids, first_row, term=0) for memory in ranges]
     device = model.shared.weight.device
     with writing(model):
         rows = pack_streams(streams, source.mask.n_rows)[0].to(device)

@@ -8,7 +8,7 @@ from pretrain.bundles.description import Description
 from pretrain.config import Rate, Section, complete
 from pretrain.errors import ConfigError
 from pretrain.models.patterns import FirstRow
-from pretrain.objectives.batch import RowsPerText
+from pretrain.objectives.from_masks import RowsPerText
 
 
 class ExitRunnerOptions(Section):

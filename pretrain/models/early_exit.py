@@ -11,8 +11,7 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from parlance_kernels import SampleMask
-from pretrain.models.encoder_decoder import EncoderDecoder, VocabHead
+from pretrain.models.encoder_decoder import EncoderDecoder, VocabHead, writing
 from pretrain.models.layers import DecoderLayer
 from pretrain.models.patterns import FirstRow, mask_rows
 from pretrain.models.rows import LayerWork, SourceRows
@@ -109,7 +108,7 @@ def plan_exits(model: EncoderDecoder, rows: ParallelRows, memory_MD: Tensor, rul
     """The layers, from 1, at which `write_early` would let each row leave: int64 [R] on the host.
 
     Every layer and every off-ramp that may be asked runs, also when all have left: the ranks of ZeRO-3 call the same
-    modules in the same order.
+    modules in the same order. The decoder has no dropout meanwhile; a memory that was made in training has its own.
     """
     return _leave(model, rows, memory_MD, rule, (), training=True).exit_R
 
@@ -126,7 +125,7 @@ def _leave(
     layers = cast(Sequence[DecoderLayer], model.decoder.layers)
     # No entropy over V tokens exceeds ln V: above it there is nothing to ask.
     certain = rule.threshold > math.log(model.config.vocab_size or 1)
-    with _deciding(model):
+    with writing(model):
         x_RD = model.decoder.embed(model.shared(rows.tokens_R) * model.scale, rows.positions_R)
         n, device = len(x_RD), x_RD.device
         token_R = torch.zeros(n, dtype=torch.int64, device=device)
@@ -204,15 +203,3 @@ def _confidence(logits_LV: Tensor, banned: list[int]) -> tuple[Tensor, Tensor, T
     x_LV[:, banned] = -torch.inf
     best = x_LV.max(dim=1)
     return entropy_L, best.indices, best.values - z_L.log()
-
-
-@contextmanager
-def _deciding(model: EncoderDecoder) -> Iterator[None]:
-    """Without dropout in the decoder and without gradients inside; a memory that was made in training has its own."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

@@ -4,7 +4,8 @@ Shapes: R rows, L rows with a use, M memory rows, B samples, D width, V vocabula
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -22,6 +23,18 @@ from pretrain.models.rows import DecoderRows, SourceRows
 
 MAX_LOGITS = 1 << 25  # entries of a logits block: 128 MiB in float32
 Reduction = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@contextmanager
+def writing(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside, the former mode outside."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 class Stack(nn.Module):

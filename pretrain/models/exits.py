@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from parlance_kernels import SampleMask
+from pretrain.models.ids import SpecialIds
+from pretrain.models.patterns import FirstRow, mask_rows
 from pretrain.models.rows import LayerWork, to_device
 
 
@@ -37,6 +39,12 @@ class ExitSample(NamedTuple):
     positions: np.ndarray
     memory: tuple[int, int]
     exits: np.ndarray
+
+    @classmethod
+    def masks(cls, exits: np.ndarray, memory: tuple[int, int], ids: SpecialIds, first_row: FirstRow) -> "ExitSample":
+        """Rows that know nothing of the text, as `mask_rows` makes them."""
+        n = exits.shape[1]
+        return cls(mask_rows(n, ids, first_row), np.arange(n), memory, exits)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,13 @@ def mask_rows(n: int, ids: SpecialIds, first_row: FirstRow) -> np.ndarray:
     return tokens
 
 
+def all_masks(targets: np.ndarray, memory: tuple[int, int], ids: SpecialIds, first_row: FirstRow, term: int) -> Stream:
+    """A row for each target, of a token or of none, that all read each other and know nothing of the text."""
+    n = len(targets)
+    rows, positions = mask_rows(n, ids, first_row), np.arange(n)
+    return Stream(rows, positions, [(n, n, 0, 0, 0, 0)], memory, (0, n), targets, term)
+
+
 def _nar_content(
     target: np.ndarray, masked: np.ndarray, memory: tuple[int, int], mask_id: int, term: int, compensation: bool
 ) -> Stream:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import merge
 from pretrain.models.encoder_decoder import EncoderDecoder
 from pretrain.models.patterns import ArLayout
 
@@ -39,6 +40,11 @@ class Preview:
     target: list[int]
     predicted: dict[str, list[int]]
     places: dict[str, list[int]]
+
+
+def from_preset(values: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Options over those of the preset that they name, `paper` where they name none; sections are merged."""
+    return merge(presets.get(str(values.get("preset", "paper")), {}), values) if isinstance(values, dict) else values
 
 
 class Packed(Protocol):

@@ -5,16 +5,13 @@ Shapes: R rows, L rows with a loss, P tuples, K streams, B samples, T target tok
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.config import ModelConfig
-from pretrain.errors import ConfigError
 from pretrain.models import DecoderRows, EncoderDecoder, ExitRows, SourceRows, Stream, VocabTargets, pack_streams
 from pretrain.models.rows import to_device
 from pretrain.objectives.base import Example, LossSums, Preview
@@ -65,15 +62,16 @@ class TokenBatch:
         """Rows whose state is mixed with what they would write."""
         return 0
 
+    def source_tokens(self, index: int) -> list[int]:
+        """What the encoder reads of a sample."""
+        start, length = self.source.memory_range(index)
+        return self.source.tokens_R[start : start + length].tolist()
+
     def to(self, device: torch.device) -> "TokenBatch":
         moved: dict[str, Any] = {
             name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)
         }
         return replace(self, source=to_device(self.source, device), rows=self.rows.to(device), **moved)
-
-
-# How many decoder rows a text gets that is written from MASKs alone; see `rows_per_text`.
-RowsPerText = Literal["target", "longest"] | Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -116,23 +114,6 @@ def pack_batch(
         term_counts=tuple(torch.bincount(term_L, minlength=terms).tolist()),
         **target_fields(examples, length_classes),
     )
-
-
-def check_rows(wanted: RowsPerText, model: ModelConfig) -> None:
-    """Raises ConfigError if there are more rows than positions."""
-    if isinstance(wanted, int) and wanted > model.max_positions:
-        raise ConfigError(f"`rows` must be at most the model's {model.max_positions} positions, got {wanted}")
-
-
-def rows_per_text(examples: Sequence[Example], wanted: RowsPerText) -> list[int]:
-    """Decoder rows of each example, at least one for every token behind BOS.
-
-    wanted: `target`: no more, so that their number tells the length, which a decoder must then predict; a number: as
-    many as it writes with, those behind the text without a target; `longest`: as the longest target has (released).
-    """
-    tokens = [len(example.target) - 1 for example in examples]
-    floor = 0 if wanted == "target" else max(tokens, default=0) if wanted == "longest" else wanted
-    return [max(n, floor) for n in tokens]
 
 
 def target_fields(examples: Sequence[Example], length_classes: int) -> dict[str, Any]:
@@ -197,13 +178,11 @@ def previews(model: EncoderDecoder, batch: TokenBatch, modes: Sequence[str], lim
     found = []
     for sample in range(min(limit, batch.n_samples)):
         target = batch.target_T[starts[sample] : starts[sample] + batch.n_target[sample]]
-        first, rows = batch.source.memory_range(sample)
         filled, places = {}, {}
         for term, mode in enumerate(modes):
             mine = (batch.row_sample_L == sample) & (batch.term_L == term)
             if bool(mine.any()):
                 at = batch.row_position_L[mine]
                 filled[mode], places[mode] = target.clone().index_put_((at,), predicted_L[mine]).tolist(), at.tolist()
-        source = batch.source.tokens_R[first : first + rows].tolist()
-        found.append(Preview(source, target.tolist(), filled, places))
+        found.append(Preview(batch.source_tokens(sample), target.tolist(), filled, places))
     return found

@@ -23,18 +23,16 @@ from pretrain.models import (
     DecoderRows,
     EncoderDecoder,
     ExitSample,
-    SourceRows,
-    Stream,
     VocabTargets,
     pack_exits,
-    pack_streams,
 )
 from pretrain.models.early_exit import ExitRule, ParallelRows, plan_exits, write_early
 from pretrain.models.ids import SpecialIds
-from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
+from pretrain.models.patterns import ArLayout, FirstRow
 from pretrain.objectives.base import Example, LossSums, Preview
-from pretrain.objectives.batch import RowsPerText, TokenBatch, check_rows, length_loss, rows_per_text, target_fields
+from pretrain.objectives.batch import length_loss
 from pretrain.objectives.corruption import Infilling, infill_text
+from pretrain.objectives.from_masks import MaskBatch, RowsPerText, check_rows, mask_fields, mask_previews
 
 Threshold = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
@@ -58,14 +56,9 @@ class HardExitOptions(Section):
 
 
 @dataclass(frozen=True)
-class RampBatch(TokenBatch):
-    """rows_B: decoder rows of each sample. real_S: the rows that have a target. ramps: layers that predict them.
+class RampBatch(MaskBatch):
+    """ramps: layers that predict each row. deciding: whether a forward without gradient decides where rows leave."""
 
-    deciding: whether a forward without gradient decides beforehand where rows leave.
-    """
-
-    rows_B: tuple[int, ...]
-    real_S: Tensor
     ramps: int
     deciding: bool
 
@@ -104,38 +97,12 @@ class HardExit:
         return Example(source, target, np.empty(0, np.int64))
 
     def collate(self, examples: Sequence[Example]) -> RampBatch:
-        source = SourceRows.pack([example.source for example in examples])
-        real = [len(example.target) - 1 for example in examples]
-        rows = rows_per_text(examples, self.options.rows)
-        streams, positions, samples, terms = [], [], [], []
-        for index, (example, n) in enumerate(zip(examples, rows, strict=True)):
-            targets = np.concatenate([example.target[1:], np.full(n - real[index], self.ids.pad)])
-            tokens = mask_rows(n, self.ids, self.options.first_row)
-            segments, memory = [(n, n, 0, 0, 0, 0)], source.memory_range(index)
-            streams.append(Stream(tokens, np.arange(n), segments, memory, (0, n), targets, 0))
-            positions.append(np.arange(1, n + 1))
-            samples.append(np.full(n, index))
-            terms.append((np.arange(n) < real[index]).astype(np.int64))  # 0: rows behind the target, without a loss
-        packed, target_L, _ = pack_streams(streams, source.mask.n_rows)
-        term_L = _joined(terms)
-        return RampBatch(
-            source=source,
-            rows=packed,
-            target_L=target_L,
-            term_L=term_L,
-            tuple_PK=torch.empty((0, 1), dtype=torch.int64),
-            row_sample_L=_joined(samples),
-            row_position_L=_joined(positions),
-            term_counts=tuple(torch.bincount(term_L, minlength=2).tolist()),
-            rows_B=tuple(rows),
-            real_S=term_L.nonzero().squeeze(1),
-            ramps=self.ramps,
-            deciding=self.options.training == "simulated",
-            **target_fields(examples, self.model.length_classes),
-        )
+        options = self.options
+        fields = mask_fields(examples, options.rows, options.first_row, self.ids, self.model.length_classes)
+        return RampBatch(**fields, ramps=self.ramps, deciding=options.training == "simulated")
 
     def counts(self, batch: RampBatch) -> dict[str, int]:
-        return {"hard_exit": self.ramps * batch.term_counts[1], "length": batch.n_samples}
+        return {"hard_exit": self.ramps * batch.term_counts[0], "length": batch.n_samples}
 
     def losses(self, model: EncoderDecoder, batch: RampBatch, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
         memory_MD = model.encode(batch.source)
@@ -166,12 +133,12 @@ class HardExit:
         rows = ParallelRows.pack(model, lengths, batch.source, self.options.first_row)
         exits = np.split(plan_exits(model, rows, memory_MD.detach(), self.rule)[None], np.cumsum(lengths)[:-1], axis=1)
         samples = [
-            ExitSample(mask_rows(n, self.ids, self.options.first_row), np.arange(n), batch.source.memory_range(i), x)
-            for i, (n, x) in enumerate(zip(lengths, exits, strict=False))
+            ExitSample.masks(x, batch.source.memory_range(i), self.ids, self.options.first_row)
+            for i, x in enumerate(exits[: len(lengths)])
         ]
         plan = pack_exits(samples, self.model.decoder_layers, len(memory_MD), self.options.detach_copied_state)
-        real = [np.arange(n) < length - 1 for n, length in zip(lengths, batch.n_target, strict=True)]
-        real_R = np.concatenate([*real, np.empty(0, bool)])
+        real_R = np.zeros(sum(lengths), bool)
+        real_R[batch.real_S.cpu().numpy()] = True
         kept = np.flatnonzero(real_R[plan.out_L.numpy()])
         sizes = np.bincount(plan.layer_N.numpy()[kept], minlength=len(plan.sizes) + 1)[1:]
         kept_S, plan = torch.from_numpy(kept).to(memory_MD.device), plan.to(memory_MD.device)
@@ -182,22 +149,9 @@ class HardExit:
     def preview(self, model: EncoderDecoder, batch: RampBatch, limit: int) -> list[Preview]:
         """What every row writes where it leaves, and at the last layer."""
         memory_MD = model.encode(batch.source)
-        real = [n - 1 for n in batch.n_target]
-        lengths = batch.rows_B
-        rows = ParallelRows.pack(model, lengths, batch.source, self.options.first_row)
+        rows = ParallelRows.pack(model, batch.rows_B, batch.source, self.options.first_row)
         written = {
-            mode: write_early(model, rows, memory_MD, rule, ()).token_R.split(lengths)
+            mode: write_early(model, rows, memory_MD, rule, ()).token_R.split(batch.rows_B)
             for mode, rule in (("hard_exit", self.rule), ("last_layer", ExitRule(0.0)))
         }
-        found = []
-        for index, target in enumerate(batch.target_T.split(batch.n_target)[:limit]):
-            start, length = batch.source.memory_range(index)
-            predicted = {mode: [self.ids.bos, *texts[index][: real[index]].tolist()] for mode, texts in written.items()}
-            places = {mode: list(range(1, len(target))) for mode in predicted}
-            source = batch.source.tokens_R[start : start + length].tolist()
-            found.append(Preview(source, target.tolist(), predicted, places))
-        return found
-
-
-def _joined(parts: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)]))
+        return mask_previews(batch, written, self.ids.bos, limit)

@@ -19,7 +19,7 @@ from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import ArLayout, ar_two_stream, nar_aux
 from pretrain.models.rows import SourceRows
 from pretrain.objectives import spans
-from pretrain.objectives.base import Example, LossSums, Preview
+from pretrain.objectives.base import Example, LossSums, Preview, from_preset
 from pretrain.objectives.batch import SampleStreams, TokenBatch, pack_batch, packed_losses, previews
 from pretrain.objectives.corruption import Corruption, corrupt_text
 
@@ -104,14 +104,7 @@ class JanusOptions(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        preset = PRESETS.get(values.get("preset", "paper"), {})
-        filled = {**preset, **values}
-        for key in ("weights", "corruption"):
-            if isinstance(values.get(key), dict) and key in preset:
-                filled[key] = {**preset[key], **values[key]}
-        return filled
+        return from_preset(values, PRESETS)
 
 
 class Janus:

@@ -19,18 +19,12 @@ from torch import Tensor
 from pretrain.config import ModelConfig, Rate, Section
 from pretrain.models import EncoderDecoder, ExitRows, ExitSample, SourceRows, VocabTargets, pack_exits
 from pretrain.models.ids import SpecialIds
-from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
+from pretrain.models.patterns import ArLayout, FirstRow
 from pretrain.models.soft_exit import likeliest
-from pretrain.objectives.base import Example, LossSums, Preview
-from pretrain.objectives.batch import (
-    RowsPerText,
-    TokenBatch,
-    check_rows,
-    length_loss,
-    rows_per_text,
-    target_fields,
-)
+from pretrain.objectives.base import Example, LossSums, Preview, from_preset
+from pretrain.objectives.batch import TokenBatch, length_loss, target_fields
 from pretrain.objectives.corruption import Infilling, infill_text
+from pretrain.objectives.from_masks import RowsPerText, check_rows, joined, mask_previews, padded_targets, row_labels
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -77,13 +71,7 @@ class LplmOptions(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        preset = PRESETS.get(str(values.get("preset", "paper")), {})
-        filled = {**preset, **values}
-        if isinstance(values.get("corruption"), dict) and "corruption" in preset:
-            filled["corruption"] = {**preset["corruption"], **values["corruption"]}
-        return filled
+        return from_preset(values, PRESETS)
 
 
 @dataclass(frozen=True)
@@ -116,13 +104,14 @@ class Lplm:
 
     def collate(self, examples: Sequence[Example]) -> TokenBatch:
         source = SourceRows.pack([example.source for example in examples])
-        samples, targets = [], []
-        for index, (example, n) in enumerate(zip(examples, rows_per_text(examples, self.options.rows), strict=True)):
-            real = len(example.target) - 1
-            samples.append(self._sample(n, source.memory_range(index), _exits(example, n)))
-            targets.append(np.concatenate([example.target[1:], np.full(n - real, self.ids.pad)]))
+        targets = padded_targets(examples, self.options.rows, self.ids.pad)
+        samples = [
+            self._sample(source.memory_range(index), _exits(example, len(target)))
+            for index, (example, target) in enumerate(zip(examples, targets, strict=True))
+        ]
         rows = pack_exits(samples, self.model.decoder_layers, source.mask.n_rows, self.options.detach_copied_state)
-        target_L = _joined(targets)[rows.out_L]
+        target_L = joined(targets)[rows.out_L]
+        row_sample_R, row_position_R = row_labels(targets)
         # A state that is several copies is one row with their number as factor: its term. Padding has factor 0.
         term_L = torch.where(target_L == self.ids.pad, 0, rows.copies_N)
         return TokenBatch(
@@ -131,8 +120,8 @@ class Lplm:
             target_L=target_L,
             term_L=term_L,
             tuple_PK=torch.empty((0, 1), dtype=torch.int64),
-            row_sample_L=_joined([np.full(len(x), index) for index, x in enumerate(targets)])[rows.out_L],
-            row_position_L=_joined([np.arange(1, len(x) + 1) for x in targets])[rows.out_L],
+            row_sample_L=row_sample_R[rows.out_L],
+            row_position_L=row_position_R[rows.out_L],
             term_counts=tuple(torch.bincount(term_L, minlength=self.options.copies + 1).tolist()),
             **target_fields(examples, self.model.length_classes),
         )
@@ -165,23 +154,14 @@ class Lplm:
         ranges = [batch.source.memory_range(index) for index in range(len(lengths))]
         written: dict[str, Sequence[Tensor]] = {}
         for layer in sorted({1, self.model.decoder_layers}):
-            samples = [self._sample(n, at, np.full((1, n), layer)) for n, at in zip(lengths, ranges, strict=True)]
+            samples = [self._sample(at, np.full((1, n), layer)) for n, at in zip(lengths, ranges, strict=True)]
             rows = pack_exits(samples, self.model.decoder_layers, len(memory_MD), detach=False).to(memory_MD.device)
             h_ND = model.decode(rows, memory_MD)
             written[f"layer_{layer}"] = likeliest(model.ramp(layer), h_ND).split(lengths)
-        found = []
-        for index, target in enumerate(batch.target_T.split(batch.n_target)[:limit]):
-            start, length = ranges[index]
-            predicted = {mode: [self.ids.bos, *texts[index].tolist()] for mode, texts in written.items()}
-            places = {mode: list(range(1, len(target))) for mode in predicted}
-            source = batch.source.tokens_R[start : start + length].tolist()
-            found.append(Preview(source, target.tolist(), predicted, places))
-        return found
+        return mask_previews(batch, written, self.ids.bos, limit)
 
-    def _sample(self, n: int, memory: tuple[int, int], exits: np.ndarray) -> ExitSample:
-        """Decoder rows for n tokens of a text that reads `memory`."""
-        tokens = mask_rows(n, self.ids, self.options.first_row)
-        return ExitSample(tokens, np.arange(n), memory, exits)
+    def _sample(self, memory: tuple[int, int], exits: np.ndarray) -> ExitSample:
+        return ExitSample.masks(exits, memory, self.ids, self.options.first_row)
 
 
 def _exits(example: Example, n: int) -> np.ndarray:
@@ -189,7 +169,3 @@ def _exits(example: Example, n: int) -> np.ndarray:
     if not isinstance(example, ExitExample):
         raise TypeError(f"lplm collates what it has corrupted, an ExitExample, got {type(example).__name__}")
     return example.exits[:, np.arange(n) % example.exits.shape[1]]
-
-
-def _joined(parts: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)]))

@@ -15,20 +15,14 @@ from torch import Tensor
 
 from pretrain.config import Fraction, ModelConfig, Rate, Section
 from pretrain.errors import ConfigError
-from pretrain.models import DecoderRows, EncoderDecoder, SourceRows, Stream, VocabTargets, pack_streams
+from pretrain.models import DecoderRows, EncoderDecoder, VocabTargets
 from pretrain.models.ids import SpecialIds
-from pretrain.models.patterns import ArLayout, FirstRow, mask_rows
+from pretrain.models.patterns import ArLayout, FirstRow
 from pretrain.models.soft_exit import decode_soft, likeliest
-from pretrain.objectives.base import Example, LossSums, Preview
-from pretrain.objectives.batch import (
-    RowsPerText,
-    TokenBatch,
-    check_rows,
-    length_loss,
-    rows_per_text,
-    target_fields,
-)
+from pretrain.objectives.base import Example, LossSums, Preview, from_preset
+from pretrain.objectives.batch import length_loss
 from pretrain.objectives.corruption import Infilling, infill_text
+from pretrain.objectives.from_masks import MaskBatch, RowsPerText, check_rows, mask_fields, mask_previews
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -59,7 +53,7 @@ class SoftExitOptions(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        return {**PRESETS.get(str(values.get("preset", "paper")), {}), **values} if isinstance(values, dict) else values
+        return from_preset(values, PRESETS)
 
 
 @dataclass(frozen=True)
@@ -70,11 +64,10 @@ class GivenExample(Example):
 
 
 @dataclass(frozen=True)
-class GivenBatch(TokenBatch):
-    """given_BR: bool, the same for all rows, none for rows behind a text. real_S: the rows that have a target."""
+class GivenBatch(MaskBatch):
+    """given_BR: bool, the same for all rows, none for rows behind a text."""
 
     given_BR: Tensor
-    real_S: Tensor
 
     @property
     def head_rows(self) -> int:
@@ -111,34 +104,15 @@ class SoftExit:
         return GivenExample(source, target, np.empty(0, np.int64), given)
 
     def collate(self, examples: Sequence[Example]) -> GivenBatch:
-        source = SourceRows.pack([example.source for example in examples])
-        streams, given = [], [np.empty((self.model.decoder_layers - 1, 0), bool)]
-        for index, (example, n) in enumerate(zip(examples, rows_per_text(examples, self.options.rows), strict=True)):
-            real = len(example.target) - 1
-            targets = np.concatenate([example.target[1:], np.full(n - real, self.ids.pad)])
-            tokens = mask_rows(n, self.ids, self.options.first_row)
-            memory = source.memory_range(index)
-            streams.append(Stream(tokens, np.arange(n), [(n, n, 0, 0, 0, 0)], memory, (0, n), targets, term=0))
-            fed = example.given if isinstance(example, GivenExample) else np.zeros((len(given[0]), real), bool)
-            given.append(np.pad(fed[:, :n], ((0, 0), (0, n - fed[:, :n].shape[1]))))
-        rows, target_L, _ = pack_streams(streams, source.mask.n_rows)
-        lengths = [len(stream.tokens) for stream in streams]
-        real_L = target_L != self.ids.pad
-        return GivenBatch(
-            source=source,
-            rows=rows,
-            target_L=target_L,
-            term_L=torch.zeros_like(target_L),
-            tuple_PK=torch.empty((0, 1), dtype=torch.int64),
-            row_sample_L=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
-            row_position_L=torch.cat([*(torch.arange(1, n + 1) for n in lengths), torch.empty(0, dtype=torch.int64)]),
-            term_counts=(int(real_L.sum()),),
-            given_BR=torch.from_numpy(np.concatenate(given, axis=1)),
-            real_S=real_L.nonzero().squeeze(1),
-            **target_fields(examples, self.model.length_classes),
-        )
+        options = self.options
+        fields = mask_fields(examples, options.rows, options.first_row, self.ids, self.model.length_classes)
+        given = [np.empty((self.model.decoder_layers - 1, 0), bool)]
+        for example, n in zip(examples, fields["rows_B"], strict=True):
+            fed = example.given[:, :n] if isinstance(example, GivenExample) else given[0]
+            given.append(np.pad(fed, ((0, 0), (0, n - fed.shape[1]))))
+        return GivenBatch(**fields, given_BR=torch.from_numpy(np.concatenate(given, axis=1)))
 
-    def counts(self, batch: TokenBatch) -> dict[str, int]:
+    def counts(self, batch: GivenBatch) -> dict[str, int]:
         return {**dict.fromkeys(self.terms, batch.term_counts[0]), "length": batch.n_samples}
 
     def losses(self, model: EncoderDecoder, batch: GivenBatch, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
@@ -160,17 +134,12 @@ class SoftExit:
         return total + scale["length"] * length_sum, sums
 
     @torch.no_grad()
-    def preview(self, model: EncoderDecoder, batch: TokenBatch, limit: int) -> list[Preview]:
+    def preview(self, model: EncoderDecoder, batch: GivenBatch, limit: int) -> list[Preview]:
         """What the first and the last layer write when nothing is given."""
         assert isinstance(batch.rows, DecoderRows)
         states = decode_soft(model, batch.rows, model.encode(batch.source))
-        written = {layer + 1: likeliest(model.ramp(layer + 1), states[layer]) for layer in sorted({0, len(states) - 1})}
-        found = []
-        for index, target in enumerate(batch.target_T.split(batch.n_target)[:limit]):
-            start, length = batch.source.memory_range(index)
-            mine = (batch.row_sample_L == index) & (batch.row_position_L < len(target))
-            predicted = {f"layer_{n}": [self.ids.bos, *token_L[mine].tolist()] for n, token_L in written.items()}
-            places = {mode: list(range(1, len(target))) for mode in predicted}
-            source = batch.source.tokens_R[start : start + length].tolist()
-            found.append(Preview(source, target.tolist(), predicted, places))
-        return found
+        written = {
+            f"layer_{layer}": likeliest(model.ramp(layer), states[layer - 1]).split(batch.rows_B)
+            for layer in sorted({1, len(states)})
+        }
+        return mask_previews(batch, written, self.ids.bos, limit)

@@ -27,6 +27,7 @@ from pretrain.checkpoints.holder import NoLocks, holder
 from pretrain.config import TrainConfig
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.loop import Progress
+from pretrain.parsing import read_yaml
 from pretrain.report.findings import folder_bytes, shown_bytes
 from pretrain.watch.console import clock, short
 
@@ -260,7 +261,7 @@ def _steps(run: Path) -> int:
     if not (run / runs.CONFIG).exists():
         raise CheckpointError(f"`{run}` must be the folder of a run, it has no {runs.CONFIG}")
     try:
-        train = configuration.read_yaml(run / runs.CONFIG).get("train")
+        train = read_yaml(run / runs.CONFIG).get("train")
         return configuration.validate(TrainConfig, train, where="train").steps
     except ConfigError as error:
         raise CheckpointError(f"`{run / runs.CONFIG}` is damaged: {error}") from None

@@ -28,6 +28,7 @@ from pretrain.engine.state import FORMAT, INDEX, KEYS, UNREADABLE
 from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.loop import Progress
 from pretrain.models import EncoderDecoder, SpecialIds
+from pretrain.parsing import read_yaml
 from pretrain.report.findings import Finding, bad, folder_bytes, good, note, shown_bytes
 
 # {"param/model.shared.weight": shape, ...} of a whole checkpoint; None where any shape will do.
@@ -155,7 +156,7 @@ def read_model(run: Path) -> ModelConfig:
         ConfigError: config.yaml is missing or damaged. CheckpointError: the bundle is gone or damaged.
     """
     path = run / runs.CONFIG
-    bundle = configuration.read_yaml(path).get("bundle")
+    bundle = read_yaml(path).get("bundle")
     if isinstance(bundle, str):
         return read_description(bundle)[0].model
     model = configuration.load(RunConfig, path).model
@@ -307,7 +308,7 @@ def _edited(run: Path, commit: Path) -> list[Finding]:
     """Whether config.yaml still says of the model, its objective and the order of the data what the checkpoint does."""
     path = run / runs.CONFIG
     try:
-        values = configuration.read_yaml(path)
+        values = read_yaml(path)
     except ConfigError:  # told before
         return []
     changed = runs.edited(values, read_progress(commit)["progress"].get("fixed"))

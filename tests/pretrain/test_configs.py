@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from pretrain import objectives
-from pretrain.config import ModelConfig, RunConfig, dump, load, read_yaml, validate
+from pretrain.config import ModelConfig, RunConfig, dump, load, validate
 from pretrain.models import EncoderDecoder, SpecialIds
+from pretrain.parsing import read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 IDS = SpecialIds(bos=0, pad=1, eos=2, mask=4, unk=3)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config import read_yaml
 from pretrain.data.sources import hub, record_files, tar_files, text_files
 from pretrain.data.sources.stdlib_docs import stdlib_docstrings, stdlib_topics
 from pretrain.data.sources.text_files import MAX_DOCUMENT_CHARACTERS, Skip
 from pretrain.errors import ConfigError, DataError
+from pretrain.parsing import read_yaml
 
 # Foreign tars can have a member with a suffix of its own for every document.
 MAX_REASONS, OTHER_REASONS = 32, "for other reasons"

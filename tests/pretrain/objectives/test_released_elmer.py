@@ -16,27 +16,38 @@ CONFIG = ModelConfig(
     vocab_size=60, d_model=32, encoder_layers=4, decoder_layers=4, heads=4, ffn_dim=64, max_positions=64,
     dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
+SOFT = CONFIG.model_copy(update={"soft_exit": True})
+OWN_NAMES = {"concat_head.weight": "feedback.weight"}
 TOLERANCE = {"rtol": 0.0, "atol": 1e-10}
 CASES = ("mixed", "last", "early")
 
 
-@pytest.fixture(scope="module")
-def golden(test_data):
-    file = test_data / "released_goldens" / "elmer_pretrain.npz"
+def arrays(test_data, name):
+    file = test_data / "released_goldens" / f"{name}.npz"
     if not file.exists():
         pytest.skip(f"no released goldens at {file}")
     return dict(np.load(file, allow_pickle=False))
 
 
-@pytest.fixture(scope="module")
-def model(golden):
-    model = EncoderDecoder(CONFIG, IDS).double()
-    own = model.state_dict()
+def with_weights(model, golden):
+    """`model` with the weights of the release, in float64."""
+    own = model.double().state_dict()
     for key, value in golden.items():
-        if key.startswith("w/model."):
-            own[key.removeprefix("w/model.")].copy_(torch.from_numpy(value))
+        if key.startswith("w/"):
+            name = key.removeprefix("w/").removeprefix("model.")
+            own[OWN_NAMES.get(name, name)].copy_(torch.from_numpy(value))
     own["head.weight"].copy_(own["shared.weight"])
     return model
+
+
+@pytest.fixture(scope="module")
+def golden(test_data):
+    return arrays(test_data, "elmer_pretrain")
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+    return with_weights(EncoderDecoder(CONFIG, IDS), golden)
 
 
 @pytest.fixture(scope="module")
@@ -104,27 +115,17 @@ def test_packed_reproduces_every_state_loss_and_gradient(golden, model, lplm, ca
 
 @pytest.fixture(scope="module")
 def soft_golden(test_data):
-    file = test_data / "released_goldens" / "elmer_softexit.npz"
-    if not file.exists():
-        pytest.skip(f"no released goldens at {file}")
-    return dict(np.load(file, allow_pickle=False))
+    return arrays(test_data, "elmer_softexit")
 
 
 @pytest.fixture(scope="module")
 def soft_model(soft_golden):
-    model = EncoderDecoder(CONFIG.model_copy(update={"soft_exit": True}), IDS).double()
-    own = model.state_dict()
-    own["feedback.weight"].copy_(torch.from_numpy(soft_golden["w/concat_head.weight"]))
-    for key, value in soft_golden.items():
-        if key.startswith("w/model."):
-            own[key.removeprefix("w/model.")].copy_(torch.from_numpy(value))
-    own["head.weight"].copy_(own["shared.weight"])
-    return model
+    return with_weights(EncoderDecoder(SOFT, IDS), soft_golden)
 
 
 @pytest.fixture(scope="module")
 def soft_exit():
-    return build({"name": "soft_exit", "preset": "released"}, IDS, None, CONFIG.model_copy(update={"soft_exit": True}))
+    return build({"name": "soft_exit", "preset": "released"}, IDS, None, SOFT)
 
 
 def soft_examples(golden, case):
@@ -155,7 +156,7 @@ def test_soft_exit_reproduces_every_layer_loss_and_gradient(soft_golden, soft_mo
     total.backward()
     own = dict(soft_model.named_parameters())
     for name, norm in zip(soft_golden["param_names"].tolist(), soft_golden[f"{case}/grad_norms"], strict=True):
-        ours = own["feedback.weight" if name == "concat_head.weight" else name.removeprefix("model.")].grad
+        ours = own[OWN_NAMES.get(name, name.removeprefix("model."))].grad
         close(ours.norm(), norm)
         if f"{case}/grad/{name}" in soft_golden:
             theirs = torch.from_numpy(soft_golden[f"{case}/grad/{name}"]).double()

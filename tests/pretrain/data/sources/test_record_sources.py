@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from pretrain.config import read_yaml
 from pretrain.data.dataset import ShardDataset
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import parse_source, read_specs, record_files, tar_files
 from pretrain.errors import ConfigError, DataError
+from pretrain.parsing import read_yaml
 
 
 def read(spec: str) -> tuple[list[str], dict[str, int]]:
