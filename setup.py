@@ -28,6 +28,7 @@ INSTALL = [
     "packaging>=22,<28",
     "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.4,<3",
+    "nltk>=3.9,<4",
 ]
 DEVELOP = [
     "pytest>=8,<10",
@@ -44,6 +45,9 @@ DEVELOP = [
 # What `make bench` compares with, and nothing else needs.
 PEERS = ["ctranslate2>=4.5,<5"]
 
+# METEOR 1.5 with its jar, 100 MB; Java must be there.
+METEOR = ["pycocoevalcap>=1.2,<2"]
+
 setup(
     name="parlance",
     version="0.1.0",
@@ -54,5 +58,10 @@ setup(
     packages=find_packages("kernels", include=["parlance_kernels*"]),
     package_data={"parlance_kernels": ["py.typed"]},
     install_requires=INSTALL,
-    extras_require={"dev": DEVELOP, "bench": PEERS, "apex": ["apex @ git+https://github.com/NVIDIA/apex"]},
+    extras_require={
+        "dev": DEVELOP,
+        "bench": PEERS,
+        "meteor": METEOR,
+        "apex": ["apex @ git+https://github.com/NVIDIA/apex"],
+    },
 )

@@ -4,7 +4,6 @@ A command is one function that adds its arguments and names what to run; heavy i
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
@@ -93,29 +92,27 @@ def _run_generate(given: argparse.Namespace) -> None:
 
 
 def _score(commands: Commands) -> None:
-    parser = commands.add_parser("score", help="ROUGE and BLEU of texts against references")
-    parser.add_argument(
-        "--task", required=True, metavar="TASK", help="decides the metrics, for example stdlib-summaries"
-    )
+    parser = commands.add_parser("score", help="ROUGE, BLEU and other metrics of texts against references")
+    parser.add_argument("--task", metavar="TASK", help="scores with the metrics of a task: stdlib-summaries")
+    parser.add_argument("--metrics", metavar="A,B,..", help="scores with these, after those of the task")
     parser.add_argument("--hyp", required=True, metavar="FILE", help="one text a line")
     parser.add_argument("--ref", required=True, metavar="FILE", help="one reference a line")
+    parser.add_argument(
+        "--src", metavar="FILE", help="one source a line: lines with the same one are references of one text (coco_*)"
+    )
+    parser.add_argument("--against", metavar="FILE", help="texts of another system: paired bootstrap, p-values")
     parser.add_argument("--no-stemmer", action="store_true", help="compare words in ROUGE, not their Porter stems")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run_score)
 
 
 def _run_score(given: argparse.Namespace) -> None:
-    from finetune import tasks
-    from finetune.score import score
-    from finetune.tasks.pairs import read_lines
+    from finetune.scores.command import score_files
 
-    metrics = tasks.build({"name": given.task}).metrics
-    scores = score(read_lines(given.hyp), read_lines(given.ref), metrics, stemmer=not given.no_stemmer)
-    if given.json:
-        print(json.dumps(scores.to_json()))
-        return
-    for name, value in scores.values.items():
-        print(f"{name:8} {value:6.2f}   {scores.signatures[name]}")
+    if not given.task and not given.metrics:
+        raise UsageError("`score` must be given `--task` or `--metrics`, got neither")
+    metrics = given.metrics.split(",") if given.metrics else []
+    score_files(given.hyp, given.ref, given.task, metrics, given.src, given.against, not given.no_stemmer, given.json)
 
 
 def _sweep_threshold(commands: Commands) -> None:

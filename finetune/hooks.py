@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune.generate import write_texts
 from finetune.runners import Runner
-from finetune.score import score
+from finetune.scores import score
 from finetune.tasks import Pair
 from pretrain.data.tokenizer import TextTokenizer
 from pretrain.engine import Engine

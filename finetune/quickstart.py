@@ -131,7 +131,7 @@ class Quickstart:
         """Writes the test sources one by one, as the papers time it, and scores the texts."""
         from finetune import tasks
         from finetune.generate import generate
-        from finetune.score import score
+        from finetune.scores import score
         from finetune.tasks.pairs import read_lines
 
         mode, options = self.story.ways[way]

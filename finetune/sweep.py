@@ -16,7 +16,7 @@ from finetune import runners
 from finetune.charts import Panel, draw
 from finetune.decoding import Exits
 from finetune.generate import Written, check_mode, device_named, write_texts
-from finetune.score import score
+from finetune.scores import score
 from finetune.tasks.pairs import Files, read_pairs
 from pretrain.bundles.bundle import load_bundle
 

@@ -20,7 +20,7 @@ class Pair:
 class Task(Protocol):
     """Pairs of text in fixed splits.
 
-    name: in the registry. metrics: names in `finetune.score.METRICS`, the most telling first.
+    name: in the registry. metrics: names in `finetune.scores.METRICS`, the most telling first.
     """
 
     name: str
