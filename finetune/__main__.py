@@ -98,7 +98,7 @@ def _score(commands: Commands) -> None:
     parser.add_argument("--hyp", required=True, metavar="FILE", help="one text a line")
     parser.add_argument("--ref", required=True, metavar="FILE", help="one reference a line")
     parser.add_argument(
-        "--src", metavar="FILE", help="one source a line: lines with the same one are references of one text (coco_*)"
+        "--src", metavar="FILE", help="one source a line; coco_* and meteor take lines with the same one as one item"
     )
     parser.add_argument("--against", metavar="FILE", help="texts of another system: paired bootstrap, p-values")
     parser.add_argument("--no-stemmer", action="store_true", help="compare words in ROUGE, not their Porter stems")

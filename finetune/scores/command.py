@@ -20,10 +20,12 @@ def score_files(
     stemmer: bool = True,
     as_json: bool = False,
 ) -> None:
-    """Prints the scores of a file of texts, and of another system's `against` with the p-value of each difference.
+    """Prints the scores of a file of texts, and beside them those of another system with the p of each difference.
 
     Args:
-        task: its metrics come first. metrics: names in `finetune.scores.METRICS`. sources: a file, one source a line.
+        hypotheses, references, sources, against: files of one text a line; `against` holds the other system's texts.
+        task: its metrics come first.
+        metrics: names in `finetune.scores.METRICS`.
 
     Raises:
         ConfigError, DataError: as `score`; or no metric asked for has a paired test.

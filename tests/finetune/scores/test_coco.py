@@ -43,7 +43,7 @@ def test_equal_sources_are_one_item() -> None:
     keyed, plain = (score(hypotheses, references, names, sources=given) for given in (sources, None))
     assert "items:2" in keyed.signatures["coco_bleu4"] and "key:source" in keyed.signatures["coco_bleu4"]
     assert "items:3" in plain.signatures["coco_bleu4"] and "key:line" in plain.signatures["meteor"]
-    # All 7, 3, 4 and 3 of 7; 6 of 7 words, `ran away ?` too, against the second: closest length 6.
+    # n-grams in common and in all, item by item. The lengths closest to 7 and 5 are 6 and 4: no brevity penalty.
     matched = [(7 + 4, 7 + 5), (5 + 2, 6 + 4), (3 + 1, 5 + 3), (1 + 0, 4 + 2)]
     product = 1.0
     for correct, total in matched:
