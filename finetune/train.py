@@ -149,7 +149,7 @@ def derived(run: Run, settings: TuneConfig, data: Data) -> list[str]:
         f"{settings.engine.kind} {settings.engine.precision}, {run.world.size} rank(s) on {run.world.device.type}",
         f"task {settings.task['name']}: {len(pairs['train']):,} training, {len(pairs['valid']):,} validation and "
         f"{len(pairs['test']):,} test pairs; {train.cut} sources cut to {settings.max_source} tokens, "
-        f"{train.left_out} targets longer than {settings.max_target} left out",
+        f"{train.left_out} targets longer than {settings.max_target} and {train.empty} empty pairs left out",
         f"batch: about {plan.count} pairs an update, {len(plan.micro[0])} micro-batch(es) a rank; "
         f"{f'continuing at step {step}' if step else 'starting'}: "
         f"{max(steps - step, 0)} of {steps} updates to do, {epochs:.1f} epochs in all",
