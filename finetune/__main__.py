@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(commands: Commands) -> None:
     parser = commands.add_parser("train", help="tune, or continue to tune, a bundle for a task; writes RUN/bundle")
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-4")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-4 or preset=smoke")
     parser.set_defaults(run=_run_train)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from finetune import runners, tasks
-from finetune.config import TuneConfig
+from finetune.config import TuneConfig, with_presets
 from finetune.corpus import PairCorpus
 from finetune.hooks import WrittenTexts
 from finetune.runners import Runner, with_modes
@@ -68,7 +68,7 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     with ExitStack() as stack:
         world = distributed.init()
         stack.callback(distributed.shutdown)
-        given = together(lambda: complete_options(config.load(TuneConfig, config_path, overrides)))
+        given = together(lambda: complete_options(config.load(TuneConfig, config_path, with_presets(overrides))))
         check_same("the configuration", flatten(given.model_dump(mode="json")), ConfigError)
         bundle = together(lambda: open_bundle(given))
         runner = together(lambda: build_runner(given, bundle))
