@@ -43,8 +43,8 @@ def multi30k(options: Multi30kOptions) -> DataSetTask:
     about = DataSet(
         name="multi30k",
         metrics=MIXED_CASE,
-        get="it must hold train.en, train.de, val.en, test_2016_flickr.en and so on, plain or gzipped, as data/task1/raw"
-        " of https://github.com/multi30k/dataset; or, for English and German, task.hub=bentrevett/multi30k",
+        get="it must hold train.en, train.de, val.en, test_2016_flickr.en and so on, plain or gzipped, as data/task1/"
+        "raw of https://github.com/multi30k/dataset; or, for English and German, task.hub=bentrevett/multi30k",
         readers=(aligned("{split}.{side}", splits, sides, prepare),),
         columns=sides,
         from_hub=prepare,

@@ -49,8 +49,15 @@ def test_shipped_configuration(path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: "/".join(path.parts[-2:]))
 def test_smoke_preset(path: Path) -> None:
     settings = complete_options(load(TuneConfig, path, with_presets(["preset=smoke", "task.limit=5"])))
-    assert (settings.train.steps, settings.train.epochs, settings.batch.samples, settings.task["limit"]) == (2, None, 4, 5)
-    assert settings.run_dir.parent.name == "smoke" and settings.runner == complete_options(load(TuneConfig, path)).runner
+    assert (settings.train.steps, settings.train.epochs, settings.batch.samples, settings.task["limit"]) == (
+        2,
+        None,
+        4,
+        5,
+    )
+    assert (
+        settings.run_dir.parent.name == "smoke" and settings.runner == complete_options(load(TuneConfig, path)).runner
+    )
 
 
 def test_a_preset_stands_where_it_is_given() -> None:
@@ -64,7 +71,9 @@ def test_a_preset_stands_where_it_is_given() -> None:
     [("ar", {"decoding.beam": 5}, 3e-5, 200, 10), ("nar", {"label_smoothing": 0.1}, 1e-4, 1000, 50),
      ("hard_exit", {"threshold": 0.5}, 2e-5, 0, 50), ("soft_exit", {"given": 0.3}, 2e-5, 0, 50)],
 )  # fmt: skip
-def test_the_papers_setting_for_glge(name: str, runner: dict[str, float], lr: float, warmup: int, epochs: float) -> None:
+def test_the_papers_setting_for_glge(
+    name: str, runner: dict[str, float], lr: float, warmup: int, epochs: float
+) -> None:
     """JANUS, section 4.2; ELMER, appendix B."""
     for task, longest in (("xsum", 64), ("squad_qg", 64), ("personachat", 32)):
         settings = complete_options(load(TuneConfig, FOLDER / task / f"{name}.yaml"))
