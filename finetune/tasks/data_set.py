@@ -23,6 +23,11 @@ Reader = Callable[[Path, SplitName], Iterable[Pair] | None]
 Prepare = Callable[[Iterable[Pair], SplitName], Iterable[Pair]]
 
 
+def as_published(pairs: Iterable[Pair], split: SplitName) -> Iterable[Pair]:
+    """The pairs, unchanged."""
+    return pairs
+
+
 @dataclass(frozen=True)
 class DataSet:
     """A published set.
@@ -37,7 +42,7 @@ class DataSet:
     get: str
     readers: tuple[Reader, ...]
     columns: tuple[str, ...]
-    from_hub: Prepare = lambda pairs, split: pairs
+    from_hub: Prepare = as_published
     published: Published | None = None
 
 
@@ -111,7 +116,7 @@ def aligned(
     pattern: str,
     splits: Mapping[SplitName, str] = DEV,
     sides: tuple[str, str] = ("src", "tgt"),
-    prepare: Prepare = lambda pairs, split: pairs,
+    prepare: Prepare = as_published,
 ) -> Reader:
     """A layout of two parallel files a split, plain or gzipped: `pattern` with {split} and {side} names them."""
 

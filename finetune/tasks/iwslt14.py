@@ -13,10 +13,9 @@ from pathlib import Path
 from finetune.tasks.base import Pair, Published, SplitName, one_line
 from finetune.tasks.data_set import DataSet, aligned, plain_or_gzipped
 from finetune.tasks.pairs import read_lines
-from finetune.tasks.translation import LOWER_CASE, cleaning, joined
+from finetune.tasks.translation import FAIRSEQ, METRICS, cleaning, joined
 from pretrain.errors import DataError
 
-SPLITS: dict[SplitName, str] = {"train": "train", "valid": "valid", "test": "test"}
 SIDES = ("de", "en")
 EVERY = 23
 TEST_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
@@ -60,11 +59,11 @@ def _texts(path: Path) -> list[str]:
 
 IWSLT14_DE_EN = DataSet(
     name="iwslt14-de-en",
-    metrics=LOWER_CASE,
+    metrics=METRICS,
     get="it must hold train.tags.de-en.de and the rest of the archive "
     "https://wit3.fbk.eu/archive/2014-01/texts/de/en/de-en.tgz, or train.de, train.en, valid.de and so on as fairseq's "
     "examples/translation/prepare-iwslt14.sh writes them; or task.hub=bbaaaa/iwslt14-de-en-preprocess",
-    readers=(archive, aligned("{split}.{side}", SPLITS, SIDES, joined)),
+    readers=(archive, aligned("{split}.{side}", FAIRSEQ, SIDES, joined)),
     columns=("translation.de", "translation.en"),
     published=Published("fairseq's script", {"train": 160_239, "valid": 7_283, "test": 6_750}),
 )

@@ -9,7 +9,6 @@ from typing import Literal
 
 from finetune.tasks.base import Pair, Published, SplitName
 from finetune.tasks.data_set import DataSet, DataSetOptions, DataSetTask, aligned
-from finetune.tasks.translation import MIXED_CASE
 from pretrain.errors import ConfigError
 
 Language = Literal["en", "de", "fr", "cs"]
@@ -42,7 +41,7 @@ def multi30k(options: Multi30kOptions) -> DataSetTask:
     splits: dict[SplitName, str] = {"train": "train", "valid": "val", "test": options.test}
     about = DataSet(
         name="multi30k",
-        metrics=MIXED_CASE,
+        metrics=("bleu", "bleu_lc", "repetition", "length_ratio"),
         get="it must hold train.en, train.de, val.en, test_2016_flickr.en and so on, plain or gzipped, as data/task1/"
         "raw of https://github.com/multi30k/dataset; or, for English and German, task.hub=bentrevett/multi30k",
         readers=(aligned("{split}.{side}", splits, sides, prepare),),

@@ -13,8 +13,9 @@ from functools import partial
 from finetune.tasks.base import Pair, SplitName
 from finetune.tasks.data_set import Prepare
 
-MIXED_CASE = ("bleu", "bleu_tok", "bleu_compound", "repetition", "length_ratio")
-LOWER_CASE = ("bleu_tok", "bleu_lc", "bleu", "bleu_compound", "repetition", "length_ratio")
+# The papers' figures are bleu_tok and bleu_compound, which mean something for tokenised files alone.
+METRICS = ("bleu", "bleu_lc", "bleu_tok", "bleu_compound", "repetition", "length_ratio")
+FAIRSEQ: dict[SplitName, str] = {"train": "train", "valid": "valid", "test": "test"}  # what it calls the splits
 UNITS = re.compile(r"@@( |$)")
 
 

@@ -7,9 +7,8 @@ has raw text, cleaned here as by fairseq's scripts (1 to 250 tokens, ratio 1.5) 
 
 from finetune.tasks.base import Published, SplitName
 from finetune.tasks.data_set import DEV, DataSet, aligned
-from finetune.tasks.translation import LOWER_CASE, MIXED_CASE, cleaning, joined
+from finetune.tasks.translation import FAIRSEQ, METRICS, cleaning, joined
 
-SPLITS: dict[SplitName, str] = {"train": "train", "valid": "valid", "test": "test"}
 DL4MT: dict[SplitName, str] = {"train": "train/corpus", "valid": "dev/dev", "test": "test/test"}
 MOST = 250
 
@@ -18,12 +17,12 @@ def _wmt14(source: str, target: str) -> DataSet:
     sides = (source, target)
     return DataSet(
         name=f"wmt14-{source}-{target}",
-        metrics=MIXED_CASE,
+        metrics=METRICS,
         get="it must hold train.en-de.en, train.en-de.de, valid.en-de.en and so on, as in "
         "http://dl.fbaipublicfiles.com/nat/original_dataset.zip, or train.en, train.de, valid.en and so on as "
         "fairseq's examples/translation/prepare-wmt14en2de.sh writes them; or task.hub=wmt/wmt14/de-en",
         readers=tuple(
-            aligned(pattern, SPLITS, sides, joined) for pattern in ("{split}.en-de.{side}", "{split}.{side}")
+            aligned(pattern, FAIRSEQ, sides, joined) for pattern in ("{split}.en-de.{side}", "{split}.{side}")
         ),
         columns=(f"translation.{source}", f"translation.{target}"),
         from_hub=cleaning(MOST),
@@ -35,13 +34,13 @@ def _wmt16(source: str, target: str) -> DataSet:
     sides = (source, target)
     return DataSet(
         name=f"wmt16-{source}-{target}",
-        metrics=LOWER_CASE,
+        metrics=METRICS,
         get="it must hold train/corpus.bpe.en, train/corpus.bpe.ro, dev/dev.bpe.en and so on, as wmt16/en-ro in the "
         "archive that https://github.com/nyu-dl/dl4mt-nonauto names; or task.hub=wmt/wmt16/ro-en",
         readers=(
             aligned("{split}.bpe.{side}", DL4MT, sides, joined),
             aligned("{split}.bpe.{side}", DEV, sides, joined),
-            aligned("{split}.{side}", SPLITS, sides, joined),
+            aligned("{split}.{side}", FAIRSEQ, sides, joined),
         ),
         columns=(f"translation.{source}", f"translation.{target}"),
         from_hub=cleaning(MOST, lower=True),

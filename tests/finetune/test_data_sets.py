@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -169,20 +170,28 @@ def test_subword_units_are_put_together() -> None:
     assert list(joined([pair], "train")) == [Pair("verstanden , ab", "x@@y mail@ @ home")]
 
 
+class Rows:
+    """Rows without end, with every column a task wants, as a streamed set has them."""
+
+    column_names = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        columns = ("document", "summary", "answer", "paragraph", "question", "source", "target", "de", "en")
+        for number in count(1):
+            nested = {"translation": {side: f"{side} Nr {number}" for side in ("de", "en", "ro")}}
+            texts = {name: f"{name} Nr {number}" for name in columns}
+            yield nested | texts | {"text": ARTICLE.format(number, MANY)}
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What is asked of a hub whose sets have rows without end, with every column a task wants."""
+    """What is asked of a hub whose sets are all `Rows`."""
     asked: list[tuple[Any, ...]] = []
 
-    def load(*arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
+    def load(*arguments: Any, **options: Any) -> Rows:
         asked.append((*arguments, options["split"], options["revision"]))
         assert options["streaming"] and "trust_remote_code" not in options
-        number = 0
-        while True:
-            number += 1
-            columns = ("document", "summary", "answer", "paragraph", "question", "source", "target", "de", "en")
-            nested = {"translation": {side: f"{side} Nr {number}" for side in ("de", "en", "ro")}}
-            yield nested | {name: f"{name} Nr {number}" for name in columns}
+        return Rows()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *given, **options: None)
@@ -209,6 +218,13 @@ def test_the_hub(name: str, first: Pair, hub: list[tuple[Any, ...]]) -> None:
         found = task.pairs(split)
         assert found[0] == first and len(found) == 3
     assert hub == [("owner/set", "part", HUB[split], "main") for split in SPLITS]
+
+
+def test_articles_of_the_hub(hub: list[tuple[Any, ...]]) -> None:
+    task = tasks.build({"name": "wiki-first-sentence", "hub": "owner/set/part@main", "limit": 2})
+    assert [len(task.pairs(split)) for split in SPLITS] == [2, 2, 2]
+    assert task.pairs("train")[0] == Pair(f"{MANY} It ends.", "A thing number 1 is a thing.")
+    assert hub == [("owner/set", "part", "train", "main")]
 
 
 def test_columns_of_the_hub(hub: list[tuple[Any, ...]]) -> None:
