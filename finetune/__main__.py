@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line.run(
         "finetune",
         "Tune a hand-off bundle for a task, write texts with it, score them.",
-        (_train, _generate, _score, _sweep_threshold),
+        (_train, _generate, _score, _sweep_threshold, _stats),
         arguments,
     )
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(commands: Commands) -> None:
     parser = commands.add_parser("train", help="tune, or continue to tune, a bundle for a task; writes RUN/bundle")
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-4")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-4 or preset=smoke")
     parser.set_defaults(run=_run_train)
 
 
@@ -142,6 +142,20 @@ def _run_sweep_threshold(given: argparse.Namespace) -> None:
     options = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     data = given.data[0] if len(given.data) == 1 else given.data
     sweep_threshold(given.bundle, data, given.thresholds, given.output, options, given.sentences, given.device)
+
+
+def _stats(commands: Commands) -> None:
+    parser = commands.add_parser("stats", help="counts and mean lengths of a task, beside what papers say of it")
+    parser.add_argument("task", metavar="TASK", help="for example multi30k")
+    parser.add_argument("overrides", nargs="*", metavar="task.key=value", help="for example task.path=data/multi30k")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_run_stats)
+
+
+def _run_stats(given: argparse.Namespace) -> None:
+    from finetune.stats import stats
+
+    stats(given.task, given.overrides, given.json)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,36 @@
 """Configuration of a tuning run: one YAML, sections shared with pre-training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig, Section, TrainConfig
+from pretrain.errors import ConfigError
+
+# What `preset=NAME` on the command line stands for, whatever the YAML.
+PRESETS: dict[str, tuple[str, ...]] = {
+    # A few updates on a few pairs: do data, bundle and settings fit? In a folder of its own, so that the real run does
+    # not go on from it.
+    "smoke": (
+        "runs=runs/smoke",
+        "task.limit=16",
+        "shown=2",
+        "workers=0",
+        "batch.tokens=null",
+        "batch.samples=4",
+        "optim.warmup=0",
+        "engine.precision=fp32",
+        "train.epochs=null",
+        "train.steps=2",
+        "train.log_every=1",
+        "train.validate_every=2",
+        "train.validate_batches=1",
+        "train.sample_every=2",
+        "train.save_every=2",
+    ),
+}
 
 
 class TuneConfig(Section):
@@ -35,3 +60,18 @@ class TuneConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.runs) / self.name
+
+
+def with_presets(overrides: Sequence[str]) -> list[str]:
+    """`overrides` with what each `preset=NAME` stands for in its place, so that those after it win.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    expanded: list[str] = []
+    for override in overrides:
+        key, _, name = override.partition("=")
+        if key == "preset" and name not in PRESETS:
+            raise ConfigError(f"`preset` must be one of {', '.join(PRESETS)}, got {name!r}")
+        expanded += PRESETS[name] if key == "preset" else (override,)
+    return expanded

@@ -15,7 +15,8 @@ class PairCorpus:
     """Encoded pairs of one split, one source of data.
 
     Sources are cut to `max_source` tokens; pairs whose target exceeds `max_target` are left out, because a cut target
-    would teach the model to stop early. Both limits count BOS and EOS. cut, left_out: how many pairs that befell.
+    would teach the model to stop early. Both limits count BOS and EOS. Pairs with an empty side are left out, too: they
+    teach to write nothing, or something from nothing. cut, left_out, empty: how many pairs that befell.
 
     Raises:
         DataError: no pair is left.
@@ -27,12 +28,14 @@ class PairCorpus:
         self.ids = ids
         sources = tokenizer.encode_batch([pair.source for pair in pairs])
         targets = tokenizer.encode_batch([pair.target for pair in pairs])
-        kept = [index for index, target in enumerate(targets) if len(target) + 2 <= max_target]
+        full = [index for index in range(len(pairs)) if len(sources[index]) and len(targets[index])]
+        kept = [index for index in full if len(targets[index]) + 2 <= max_target]
         if not kept:
             raise DataError(
-                f"at least one pair must have a target of at most {max_target} tokens, none of {len(pairs)}"
+                "at least one pair must have a source and "
+                f"a target of at most {max_target} tokens, none of {len(pairs)} has"
             )
-        self.left_out = len(pairs) - len(kept)
+        self.empty, self.left_out = len(pairs) - len(full), len(full) - len(kept)
         self.cut = sum(len(sources[index]) + 2 > max_source for index in kept)
         self._sources = _Ragged([sources[index][: max_source - 2] for index in kept])
         self._targets = _Ragged([targets[index] for index in kept])

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from finetune import runners, tasks
-from finetune.config import TuneConfig
+from finetune.config import TuneConfig, with_presets
 from finetune.corpus import PairCorpus
 from finetune.hooks import WrittenTexts
 from finetune.runners import Runner, with_modes
@@ -68,7 +68,7 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     with ExitStack() as stack:
         world = distributed.init()
         stack.callback(distributed.shutdown)
-        given = together(lambda: complete_options(config.load(TuneConfig, config_path, overrides)))
+        given = together(lambda: complete_options(config.load(TuneConfig, config_path, with_presets(overrides))))
         check_same("the configuration", flatten(given.model_dump(mode="json")), ConfigError)
         bundle = together(lambda: open_bundle(given))
         runner = together(lambda: build_runner(given, bundle))
@@ -149,7 +149,7 @@ def derived(run: Run, settings: TuneConfig, data: Data) -> list[str]:
         f"{settings.engine.kind} {settings.engine.precision}, {run.world.size} rank(s) on {run.world.device.type}",
         f"task {settings.task['name']}: {len(pairs['train']):,} training, {len(pairs['valid']):,} validation and "
         f"{len(pairs['test']):,} test pairs; {train.cut} sources cut to {settings.max_source} tokens, "
-        f"{train.left_out} targets longer than {settings.max_target} left out",
+        f"{train.left_out} targets longer than {settings.max_target} and {train.empty} empty pairs left out",
         f"batch: about {plan.count} pairs an update, {len(plan.micro[0])} micro-batch(es) a rank; "
         f"{f'continuing at step {step}' if step else 'starting'}: "
         f"{max(steps - step, 0)} of {steps} updates to do, {epochs:.1f} epochs in all",

@@ -1,18 +1,19 @@
-"""Pairs from local files: a TSV with source and target in two columns, or two parallel text files."""
+"""Pairs from local files: a TSV with source and target in two columns, JSON lines, or two parallel text files."""
 
 import gzip
+import json
 from pathlib import Path
 from typing import Literal
 
-from finetune.tasks.base import Pair, SplitName, one_line
-from pretrain.config import Section
+from finetune.tasks.base import Pair, Published, SplitName, TaskOptions, one_line
 from pretrain.errors import ConfigError, DataError
 
 Files = str | list[str]
 
 
-class PairsOptions(Section):
-    """Each split is a TSV file (`train: pairs.tsv`) or two parallel files (`train: [text.src, text.tgt]`).
+class PairsOptions(TaskOptions):
+    """Each split is a TSV file (`train: pairs.tsv`), a file of JSON objects with `source` and `target`
+    (`train: pairs.jsonl`) or two parallel files (`train: [text.src, text.tgt]`).
 
     Files ending in .gz are read through gzip. `valid` and `test` may be left out.
     """
@@ -28,6 +29,7 @@ class Pairs:
 
     name = "pairs"
     metrics: tuple[str, ...] = ("bleu", "rouge1", "rouge2", "rougeL")
+    published: Published | None = None
 
     def __init__(self, options: PairsOptions) -> None:
         self.options = options
@@ -36,18 +38,23 @@ class Pairs:
         files = getattr(self.options, split)
         if files is None:
             if split == "train":
-                raise ConfigError("`task.train` must name a TSV file or two parallel files, got none")
+                raise ConfigError("`task.train` must name a TSV file, a JSONL file or two parallel files, got none")
             return []
-        return read_pairs(files, f"task.{split}")
+        return read_pairs(files, f"task.{split}")[: self.options.limit]
 
 
 def read_pairs(files: Files, name: str) -> list[Pair]:
-    """The pairs of a TSV file or of two parallel files; errors call them `name`.
+    """The pairs of a TSV file, of a JSONL file (by its suffix) or of two parallel files; errors call them `name`.
 
     Raises:
         ConfigError, DataError: not one or two files, broken ones, or no pair.
     """
-    pairs = _from_tsv(files) if isinstance(files, str) else _from_parallel(files, name)
+    if not isinstance(files, str):
+        if len(files) != 2:
+            raise ConfigError(f"`{name}` must be one TSV or JSONL file or two parallel files, got {len(files)}")
+        pairs = parallel(files[0], files[1])
+    else:
+        pairs = _from_jsonl(files) if files.removesuffix(".gz").endswith(".jsonl") else _from_tsv(files)
     if not pairs:
         raise DataError(f"`{name}` must hold at least one pair, `{files}` holds none")
     return pairs
@@ -64,13 +71,27 @@ def _from_tsv(file: str) -> list[Pair]:
     return pairs
 
 
-def _from_parallel(files: list[str], name: str) -> list[Pair]:
-    if len(files) != 2:
-        raise ConfigError(f"`{name}` must be one TSV file or two parallel files, got {len(files)}")
-    sources, targets = read_lines(files[0]), read_lines(files[1])
+def _from_jsonl(file: str) -> list[Pair]:
+    pairs = []
+    for number, line in enumerate(read_lines(file), start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"`{file}` line {number} must be a JSON object: {error}") from None
+        fields = record if isinstance(record, dict) else {}
+        source, target = fields.get("source"), fields.get("target")
+        if not isinstance(source, str) or not isinstance(target, str):
+            raise DataError(f"`{file}` line {number} must have texts `source` and `target`, got {line[:80]}")
+        pairs.append(Pair(one_line(source), one_line(target)))
+    return pairs
+
+
+def parallel(source: str | Path, target: str | Path) -> list[Pair]:
+    """The pairs of two files with as many lines; raises DataError where they have not, or cannot be read."""
+    sources, targets = read_lines(source), read_lines(target)
     if len(sources) != len(targets):
-        raise DataError(f"`{files[1]}` must have as many lines as `{files[0]}`, {len(sources)}, it has {len(targets)}")
-    return [Pair(one_line(source), one_line(target)) for source, target in zip(sources, targets, strict=True)]
+        raise DataError(f"`{target}` must have as many lines as `{source}`, {len(sources)}, it has {len(targets)}")
+    return [Pair(one_line(left), one_line(right)) for left, right in zip(sources, targets, strict=True)]
 
 
 def read_lines(path: str | Path) -> list[str]:

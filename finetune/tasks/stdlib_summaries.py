@@ -6,23 +6,21 @@ Pre-training on `stdlib-docs` has seen these texts, summaries included: the scor
 nothing of unseen text.
 """
 
-import hashlib
 from functools import cached_property
 from typing import Literal
 
-from finetune.tasks.base import Pair, SplitName, one_line
-from pretrain.config import Section
+from finetune.tasks.base import Pair, Published, SplitName, TaskOptions, one_line, split_of
 from pretrain.data.sources.stdlib_docs import stdlib_docstrings
 from pretrain.errors import DataError
 
 SUMMARY_WORDS = range(2, 33)
 FEWEST_SOURCE_WORDS = 3
 MOST_SOURCE_WORDS = 400
-VALID_PERCENT = TEST_PERCENT = 10
+HELD_OUT_PERCENT = 10  # for validation, and again for test
 
 
-class StdlibSummariesOptions(Section):
-    """No options: the pairs follow from the running Python."""
+class StdlibSummariesOptions(TaskOptions):
+    """Nothing of its own: the pairs follow from the running Python."""
 
     name: Literal["stdlib-summaries"] = "stdlib-summaries"
 
@@ -32,15 +30,16 @@ class StdlibSummaries:
 
     name = "stdlib-summaries"
     metrics: tuple[str, ...] = ("rougeL", "rouge1", "rouge2", "bleu")
+    published: Published | None = None
 
     def __init__(self, options: StdlibSummariesOptions) -> None:
         self.options = options
 
     def pairs(self, split: SplitName) -> list[Pair]:
-        found = [pair for pair in self._all if split_of(pair.target) == split]
+        found = [pair for pair in self._all if split_of(pair.target, HELD_OUT_PERCENT) == split]
         if not found:
             raise DataError("task `stdlib-summaries` needs the source files of the standard library, found none")
-        return found
+        return found[: self.options.limit]
 
     @cached_property
     def _all(self) -> list[Pair]:
@@ -58,11 +57,3 @@ def pair_of(docstring: str) -> Pair | None:
     if len(target.split()) not in SUMMARY_WORDS or len(words) < FEWEST_SOURCE_WORDS or source.startswith(target):
         return None
     return Pair(" ".join(words[:MOST_SOURCE_WORDS]), target)
-
-
-def split_of(target: str) -> SplitName:
-    """By a hash of the summary, so that pairs with the same summary are never on two sides."""
-    percent = int.from_bytes(hashlib.sha256(target.encode()).digest()[:8], "big") % 100
-    if percent < TEST_PERCENT:
-        return "test"
-    return "valid" if percent < TEST_PERCENT + VALID_PERCENT else "train"

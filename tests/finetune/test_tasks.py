@@ -80,7 +80,7 @@ def test_bad_local_pairs(tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="UTF-8"):
         read_lines(two[1])
-    with pytest.raises(ConfigError, match="must be one of stdlib-summaries, pairs, got 'pears'"):
+    with pytest.raises(ConfigError, match=r"must be one of xsum, .*pairs, got 'pears'"):
         tasks.build({"name": "pears"})
 
 
@@ -89,7 +89,12 @@ def test_pairs_become_examples() -> None:
     ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
     pairs = [Pair("hello <mask>", "world"), Pair("abcdefghij" * 4, "xy"), Pair("long target", "0123456789" * 3)]
     corpus = PairCorpus(pairs, tokenizer, ids, max_source=20, max_target=24)
-    assert (corpus.sizes, corpus.cut, corpus.left_out) == ([2], 1, 1)
+    assert (corpus.sizes, corpus.cut, corpus.left_out, corpus.empty) == ([2], 1, 1, 0)
+    empty = [Pair("", "x"), Pair("x", ""), Pair("", "")]
+    beside = PairCorpus(empty[:1] + pairs + empty[1:], tokenizer, ids, max_source=20, max_target=24)
+    assert (beside.sizes, beside.cut, beside.left_out, beside.empty) == ([2], 1, 1, 3)
+    with pytest.raises(DataError, match="a source and a target of at most 24 tokens, none of 3 has"):
+        PairCorpus(empty, tokenizer, ids, max_source=20, max_target=24)
     objective = build({"name": "cmlm"}, ids, None, ModelConfig(length_classes=32))
     first, second = (corpus.example(0, index, np.random.default_rng(0), objective) for index in (0, 1))
     assert tokenizer.decode(first.source) == "hello <mask>" and ids.mask not in first.source

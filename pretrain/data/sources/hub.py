@@ -55,12 +55,9 @@ def pin(argument: str) -> str:
 
 def stream(argument: str, skip: Skip) -> Iterator[str]:
     """Documents of the `train` split in the order of the hub's files; `argument` as `pin` returns it."""
-    import datasets
-
     asked = parse(argument)
     try:
-        _info(asked)  # `datasets` would ask a hub that is not there for half a minute
-        rows = datasets.load_dataset(asked.id, asked.config, split="train", streaming=True, revision=asked.revision)
+        rows = open_split(asked, "train")
         if rows.column_names is not None and asked.field not in rows.column_names:
             columns = ", ".join(rows.column_names)
             raise DataError(f"source `hf:{argument}` must have a column `{asked.field}`, it has {columns}")
@@ -73,6 +70,14 @@ def stream(argument: str, skip: Skip) -> Iterator[str]:
         raise
     except Exception as error:  # fsspec, aiohttp, pyarrow and datasets each raise their own
         raise _no_hub(argument, error) from None
+
+
+def open_split(asked: HubDataset, split: str) -> Any:
+    """The rows of a split as `datasets` streams them; raises whatever the hub and `datasets` raise."""
+    import datasets
+
+    _info(asked)  # `datasets` would ask a hub that is not there for half a minute
+    return datasets.load_dataset(asked.id, asked.config, split=split, streaming=True, revision=asked.revision)
 
 
 def default_name(argument: str) -> str:
