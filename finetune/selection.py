@@ -97,8 +97,8 @@ def chosen_weights(store: Store, train: TuneTrainConfig, modes: Sequence[str]) -
     if not picked:
         wanted = f"`{tag(train.select, modes)}`" if train.select else "the scores of its step"
         raise CheckpointError(
-            f"`{store.run_dir}` must have an intact checkpoint that keeps {wanted}, it has none: they were saved before "
-            "`train.select` or `train.average` was given"
+            f"`{store.run_dir}` must have an intact checkpoint that keeps {wanted}, it has none: "
+            "they were saved before `train.select` or `train.average` was given"
         )
     provenance: dict[str, Any] = {"checkpoints": [one.progress.step for one in picked]}
     if train.select is not None:
