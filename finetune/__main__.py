@@ -25,9 +25,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line.run(
         "finetune",
         "Tune a hand-off bundle for a task, write texts with it, score them.",
-        (_train, _generate, _score, _sweep_threshold, _stats),
+        (_begin, _train, _generate, _score, _sweep_threshold, _stats),
         arguments,
     )
+
+
+def _begin(commands: Commands) -> None:
+    parser = commands.add_parser("begin", help="make a bundle of random weights, to train a task's model from scratch")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of `train`: its task, its seed, and where to write")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of CONFIG; `model.key=value` of MODEL")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="YAML file with a section `model`")
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument(
+        "--train-tokenizer", type=int, metavar="VOCAB", help="byte-level BPE on both sides of the training pairs"
+    )
+    tokenizer.add_argument("--tokenizer", metavar="PATH_OR_ID", help="as in `pretrain prepare`")
+    parser.add_argument("--out", metavar="BUNDLE", help="folder to write; default: the `bundle` of CONFIG")
+    parser.add_argument(
+        "--query-position-offset", type=int, choices=(0, 1), default=1, help="0 is the released translation code"
+    )
+    parser.set_defaults(run=_run_begin)
+
+
+def _run_begin(given: argparse.Namespace) -> None:
+    from finetune.begin import begin
+
+    vocabulary = given.train_tokenizer
+    offset = given.query_position_offset
+    begin(given.config, given.overrides, given.model, given.tokenizer, vocabulary, given.out, offset)
 
 
 def _train(commands: Commands) -> None:

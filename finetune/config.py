@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig, Section, TrainConfig
 from pretrain.errors import ConfigError
@@ -33,13 +33,48 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
+class Selection(Section):
+    """By what the best checkpoint is chosen. metric: `loss` (of validation) or one of the task's scores of whole texts.
+
+    mode: the way of writing whose texts are scored; null: the runner's first.
+    """
+
+    metric: str
+    mode: str | None = None
+
+
+class TuneTrainConfig(TrainConfig):
+    """Adds which checkpoint becomes the bundle. select: the best one; null: the end of training.
+
+    average: the mean of the weights of so many checkpoints instead: the best ones, or without `select` the last ones.
+    Only checkpoints that `save_every` asks for, and that of the last update, are chosen among, not those that a signal
+    leaves behind; they are kept whatever `keep` says.
+    """
+
+    select: Selection | None = None
+    average: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _measured_when_saved(self) -> "TuneTrainConfig":
+        if self.select is not None:
+            name = "validate_every" if self.select.metric == "loss" else "sample_every"
+            every = getattr(self, name)
+            if not every or self.save_every % every:
+                raise ValueError(
+                    f"`save_every` must be a multiple of `{name}` to select by `{self.select.metric}`, "
+                    f"got {self.save_every} and {every}"
+                )
+        return self
+
+
 class TuneConfig(Section):
     """Everything `python -m finetune train` needs; saved into the run folder as `config.yaml`.
 
     bundle: hand-off bundle to start from. task, runner: `name` in their registry and options. workers: processes that
     corrupt and collate. max_source, max_target: tokens with BOS and EOS; longer sources are cut, here and when the
     tuned bundle writes; pairs with longer targets are left out of training and validation losses. shown: validation
-    pairs that are written out and scored whenever `train.sample_every` is due.
+    pairs whose texts are written out whenever `train.sample_every` is due. scored: those that are written and scored
+    then, at least the ones shown; null: those alone.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -52,10 +87,11 @@ class TuneConfig(Section):
     max_target: int = Field(64, ge=3)
     workers: int = Field(0, ge=0, le=64)
     shown: int = Field(16, ge=1)
+    scored: int | None = Field(None, ge=1)
     batch: BatchConfig
     optim: OptimConfig = OptimConfig(lr=3e-4, weight_decay=0.01)
     engine: EngineConfig = EngineConfig(kind="local")
-    train: TrainConfig = TrainConfig()
+    train: TuneTrainConfig = TuneTrainConfig()
 
     @property
     def run_dir(self) -> Path:

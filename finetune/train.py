@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from finetune import runners, tasks
+from finetune import runners, selection, tasks
 from finetune.config import TuneConfig, with_presets
 from finetune.corpus import PairCorpus
 from finetune.hooks import WrittenTexts
@@ -43,12 +43,13 @@ FREE = ("runner.decoding",)
 class Data:
     """The task's pairs and, encoded, what training and validation read. valid is None where no pair is left.
 
-    bundle_sha256: of the bundle whose tokenizer has encoded them.
+    metrics: that the task is judged by. bundle_sha256: of the bundle whose tokenizer has encoded the pairs.
     """
 
     pairs: Mapping[SplitName, list[Pair]]
     train: PairCorpus
     valid: PairCorpus | None
+    metrics: Sequence[str]
     bundle_sha256: str
 
     @property
@@ -74,6 +75,8 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         runner = together(lambda: build_runner(given, bundle))
         data = together(lambda: read_data(given, bundle))
         check_same("`bundle` and the pairs of `task`", data.fingerprint, DataError)
+        ways = runners.ways(given.runner["name"], runner)
+        together(lambda: selection.check(given.train, data.metrics, ways, data.valid is not None))
         stream, module = together(lambda: assemble(given, bundle, runner, data))
         train = together(lambda: with_steps(given.train, stream.order, stream.corpus, stream.batch))
         settings = given.model_copy(update={"train": train})
@@ -84,8 +87,12 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         kept = runs.fixed_values(settings, FIXED, FREE)
         run = Run(settings, world, engine, stream, store, data.fingerprint, "bundle, task", kept, stack)
         distributed.rank_zero(lambda: write_task(run.folder / TASK, data))
-        run.announce(repaired, changed, derived(run, settings, data))
-        progress = run.train(written_texts(run, settings, bundle, runner, data))
+        if selects(settings):
+            run.spare = partial(selection.spare, train=settings.train, modes=tuple(ways))
+        written = [f"written/{mode}/{metric}" for mode in ways for metric in data.metrics]
+        metrics = written if settings.train.sample_every else []
+        run.announce(repaired, changed, derived(run, settings, data), metrics=metrics)
+        progress = run.train(written_texts(run, settings, bundle, ways, data))
         return hand_over(run, settings, bundle, runner, data, progress)
 
 
@@ -104,35 +111,61 @@ def write_task(folder: Path, data: Data) -> None:
             runs.write_text(folder / f"{split}.{side}", "".join(f"{line}\n" for line in lines))
 
 
-def written_texts(run: Run, settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data) -> Hook | None:
-    """Whole texts of a few validation pairs with their scores; None where they are not wanted."""
-    every = settings.train.sample_every
-    if not every:
+def written_texts(
+    run: Run, settings: TuneConfig, bundle: Bundle, ways: Mapping[str, Runner], data: Data
+) -> Hook | None:
+    """Whole texts of validation pairs with their scores; None where they are not wanted."""
+    if not settings.train.sample_every:
         return None
-    shown = (data.pairs["valid"] or data.pairs["train"])[: settings.shown]
-    folder = run.folder / runs.SAMPLES
-    limit = settings.max_source
-    return WrittenTexts(run.engine, runner, bundle.tokenizer, shown, limit, every, folder, run.board, run.note)
+    scored = max(settings.shown, settings.scored or 0)
+    return WrittenTexts(
+        run.engine,
+        ways,
+        bundle.tokenizer,
+        pairs=(data.pairs["valid"] or data.pairs["train"])[:scored],
+        shown=settings.shown,
+        metrics=data.metrics,
+        max_source=settings.max_source,
+        every=settings.train.sample_every,
+        folder=run.folder / runs.SAMPLES,
+        board=run.board,
+        note=run.note,
+        scores=run.scores,
+    )
+
+
+def selects(settings: TuneConfig) -> bool:
+    """Whether the bundle is anything but the end of training."""
+    return settings.train.select is not None or settings.train.average > 1
 
 
 def hand_over(run: Run, settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data, progress: Progress) -> Path:
-    """RUN/bundle: the tuned weights, with the modes that the runner has trained; collective."""
-    out = run.folder / BUNDLE
-    weights = {name.removeprefix("model."): value for name, value in run.engine.full_weights().items()}
+    """RUN/bundle: the tuned weights, or those of the chosen checkpoints, with the modes of the runner; collective."""
+    out, modes = run.folder / BUNDLE, tuple(runners.ways(settings.runner["name"], runner))
+    whole = {} if selects(settings) else run.engine.full_weights()
+    weights = {name.removeprefix("model."): value for name, value in whole.items()}
     description = replace(
         with_modes(bundle.description, runner),
         max_source=settings.max_source,
         length_trained=run.engine.module.objective.weights["length"] > 0,
     )
-    provenance = {
-        "run": settings.name,
-        **progress.to_json(),
-        "config": settings.model_dump(mode="json"),
-        "environment": run.environment,
-        "pairs": {split: len(pairs) for split, pairs in data.pairs.items()},
-        "tuned_from": bundle.provenance,
-    }
-    distributed.rank_zero(lambda: str(write_bundle(out, weights, description, bundle.tokenizer, provenance)))
+
+    def write() -> None:
+        chosen = selection.Chosen(weights, progress, {})
+        if selects(settings):
+            chosen = selection.chosen_weights(run.store, settings.train, modes)
+        provenance = {
+            "run": settings.name,
+            **chosen.progress.to_json(),
+            **chosen.provenance,
+            "config": settings.model_dump(mode="json"),
+            "environment": run.environment,
+            "pairs": {split: len(pairs) for split, pairs in data.pairs.items()},
+            "tuned_from": bundle.provenance,
+        }
+        write_bundle(out, chosen.weights, description, bundle.tokenizer, provenance)
+
+    distributed.rank_zero(write)
     if run.world.rank == 0:
         print(f"bundle {out}: modes {', '.join(description.modes)}", file=sys.stderr, flush=True)
     return out
@@ -194,7 +227,7 @@ def read_data(settings: TuneConfig, bundle: Bundle) -> Data:
         max_target=settings.max_target,
     )
     valid = encode(pairs["valid"]) if pairs["valid"] else None
-    return Data(pairs, encode(pairs["train"]), valid, content_sha256(settings.bundle))
+    return Data(pairs, encode(pairs["train"]), valid, task.metrics, content_sha256(settings.bundle))
 
 
 def assemble(settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data) -> tuple[SampleStream, ObjectiveModule]:

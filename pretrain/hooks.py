@@ -26,12 +26,22 @@ Note = Callable[[str], None]
 
 
 class Validation:
-    """Losses on fixed batches, over all ranks. board and note: where rank 0 writes them, None elsewhere."""
+    """Losses on fixed batches, over all ranks. board and note: where rank 0 writes them, None elsewhere.
+
+    scores: takes `valid/total` whenever it is measured.
+    """
 
     def __init__(
-        self, engine: Engine, batches: Sequence[Any], every: int, board: TensorBoard | None, note: Note | None
+        self,
+        engine: Engine,
+        batches: Sequence[Any],
+        every: int,
+        board: TensorBoard | None,
+        note: Note | None,
+        scores: dict[str, float] | None = None,
     ) -> None:
         self.engine, self.batches, self.every, self.board, self.note = engine, batches, every, board, note
+        self.scores = {} if scores is None else scores
 
     def after_step(self, report: StepReport) -> None:
         if not report.due(self.every):
@@ -40,7 +50,7 @@ class Validation:
         counts, _ = global_counts(objective, self.batches)
         losses = global_means(self.engine.evaluate(self.batches), counts)
         values = {f"valid/{term}": value for term, value in losses.items()}
-        values["valid/total"] = weighted(losses, objective.weights)
+        values["valid/total"] = self.scores["valid/total"] = weighted(losses, objective.weights)
         if self.board:
             self.board.scalars(report.step, values)
         if self.note:

@@ -1,5 +1,6 @@
 """One life of a run, of pre-training or of tuning: its folder, what it prints, its periodic work, and how it ends."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,8 @@ class Run:
         self.events = runs.Events(self.folder)
         self.environment = runs.describe_environment(world, self.model.backend)
         self.meter = Meter()
+        self.scores: dict[str, float] = {}  # what rank 0 has measured since the last update
+        self.spare: checkpoint.Spare = lambda store: ()
         self.console: Console | None = None
         self.board: TensorBoard | None = None
 
@@ -97,23 +100,34 @@ class Run:
         return self.console.note if self.console else None
 
     def announce(
-        self, repaired: Sequence[str], changed: Mapping[str, Any], derived: Sequence[str], pictures: Pictures = dict
+        self,
+        repaired: Sequence[str],
+        changed: Mapping[str, Any],
+        derived: Sequence[str],
+        pictures: Pictures = dict,
+        metrics: Sequence[str] = (),
     ) -> None:
         """Rank 0 prints configuration and derived lines, writes config.yaml and env.json, opens console and board.
 
-        pictures: draws what TensorBoard shows of this life, called on rank 0 alone.
+        pictures: draws what TensorBoard shows of this life, called on rank 0 alone. metrics: what its HPARAMS tab
+        compares besides losses.
 
         Collective. Raises DiskError where the disk is full, over quota or read-only.
         """
 
         def announce() -> None:
             with disk_errors(self.folder):  # the console may be a file too
-                self._announce(repaired, changed, derived, pictures)
+                self._announce(repaired, changed, derived, pictures, metrics)
 
         together(lambda: None if self.world.rank else announce())
 
     def _announce(
-        self, repaired: Sequence[str], changed: Mapping[str, Any], derived: Sequence[str], pictures: Pictures
+        self,
+        repaired: Sequence[str],
+        changed: Mapping[str, Any],
+        derived: Sequence[str],
+        pictures: Pictures,
+        metrics: Sequence[str],
     ) -> None:
         assert isinstance(self.settings, BaseModel)
         text, step, train = config.dump(self.settings), self.progress.step, self.settings.train
@@ -129,8 +143,8 @@ class Run:
         self.stack.callback(self.console.close)
         self.board = TensorBoard(self.folder / runs.BOARD, step, train.log_every, everywhere)
         self.stack.callback(self.board.close)
-        metrics = ["loss/total", *(["valid/total"] if train.validate_every and self.stream.valid else [])]
-        self.board.config(text, self.settings.model_dump(mode="json", exclude={"name", "runs"}), metrics)
+        losses = ["loss/total", *(["valid/total"] if train.validate_every and self.stream.valid else [])]
+        self.board.config(text, self.settings.model_dump(mode="json", exclude={"name", "runs"}), [*losses, *metrics])
         for name, image_HWC in pictures().items():
             self.board.picture(name, image_HWC)
 
@@ -156,7 +170,7 @@ class Run:
         hooks: list[Hook] = [self, *(hook for hook in (self.console, self.board) if hook)]
         if train.validate_every and self.stream.valid is not None:
             batches = self.stream.fixed_batches(train.validate_batches, self.world.rank, self.world.size)
-            hooks.append(Validation(self.engine, batches, train.validate_every, self.board, self.note))
+            hooks.append(Validation(self.engine, batches, train.validate_every, self.board, self.note, self.scores))
         if train.cosine_every:
             hooks.append(GradientCosine(self.engine, self.stream.preview(PREVIEWS), train.cosine_every, self.board))
         if train.sample_every and "hard_exit" in self.engine.module.objective.modes:
@@ -165,14 +179,21 @@ class Run:
         return [*hooks, *([texts] if texts else []), Skips(self._skipped), save, StopOnSignal(signals, save)]
 
     def after_step(self, report: StepReport) -> None:
-        """A hook itself: adds up what updates take, for the record of the next save."""
+        """A hook itself, the first: adds up what updates take, for the record of the next save; forgets old scores."""
         self.meter.add(report)
+        self.scores.clear()
 
     def _save(self, progress: Progress) -> None:
-        """Commits a checkpoint and deletes those that `train.keep` no longer covers; collective."""
+        """Commits a checkpoint and deletes those that `train.keep` no longer covers; collective.
+
+        One that `train.save_every` asks for also keeps what was measured at its step.
+        """
+        train = self.settings.train
         content = {**progress.to_json(), "data": self.data, "kernels": self.model.backend, "fixed": self.fixed}
+        if progress.step % train.save_every == 0 or progress.step == train.steps:
+            content["scores"] = {name: value for name, value in self.scores.items() if math.isfinite(value)}
         began, spent = time.perf_counter(), self.meter
-        checkpoint.save(self.store, progress.step, self.engine, self.world, content, keep=self.settings.train.keep)
+        checkpoint.save(self.store, progress.step, self.engine, self.world, content, train.keep, self.spare)
         self.reached, self.meter = progress, Meter()
         times = {
             "seconds": spent.seconds,

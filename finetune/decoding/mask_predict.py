@@ -3,11 +3,11 @@
 T = iterations + 1 decoder passes: `iterations` counts refinements after the first pass, as the papers count. After
 pass t the floor(N (T - t) / T) least probable of the N content tokens are hidden (Ghazvininejad et al. 2019).
 
-Shapes: B sources, K lengths a source, C candidates (source x length), A candidates with something hidden, T tokens
-of the longest candidate, R packed rows, L hidden rows, M memory rows, D width.
+Shapes: B sources, K lengths a source, C candidates (source x length), A candidates with something to write, T tokens
+of the longest candidate, R packed rows, L written rows, M memory rows, D width.
 """
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ class MaskPredictOptions(Section):
 
     max_length: longest candidate in tokens, with BOS and EOS. early_stop: a candidate is finished once a pass leaves
     all its tokens as they were; saves passes, and may change a text that a later pass would have reopened.
+    rewrite: what a pass writes: the `hidden` tokens, or `all`, which is for models that have learned to correct (CMLMC,
+    section 3.2); null: as the bundle was tuned, the hidden ones where nobody knows.
     """
 
     iterations: int = Field(4, ge=0, le=1000)
@@ -37,6 +39,7 @@ class MaskPredictOptions(Section):
     length_choice: LengthChoice = "contiguous"
     max_length: int = Field(64, ge=3)
     early_stop: bool = False
+    rewrite: Literal["hidden", "all"] | None = None
 
 
 def hidden_count(content: CountT, done: int, total: int) -> CountT:
@@ -64,7 +67,8 @@ def mask_predict(model: EncoderDecoder, source: SourceRows, options: MaskPredict
         memory_MD = model.encode(source)
         lengths_BN = model.length_logits(memory_MD, source)
         lengths_BK = candidate_lengths(lengths_BN, options.length_beam, options.length_choice, longest)
-        candidates = _Candidates(model, source, project_memory(model, memory_MD), lengths_BK.numpy())
+        memory = project_memory(model, memory_MD)
+        candidates = _Candidates(model, source, memory, lengths_BK.numpy(), options.rewrite == "all")
         total = options.iterations + 1
         for done in range(1, total + 1):
             before_CT = candidates.tokens_CT.clone()
@@ -80,13 +84,20 @@ class _Candidates:
     """All candidates of a batch.
 
     tokens_CT: int64, complete texts but for the hidden tokens, padded; score_CT: log-probability of each content
-    token when it was written, 0 elsewhere; hidden_CT: what the next pass predicts, `n_hidden_C` tokens each.
+    token when it was written, 0 elsewhere; hidden_CT: what the next pass does not see; written_CT: what it predicts,
+    `n_written_C` tokens each.
     """
 
     def __init__(
-        self, model: EncoderDecoder, source: SourceRows, memory: list[KeysValues], lengths_BK: np.ndarray
+        self,
+        model: EncoderDecoder,
+        source: SourceRows,
+        memory: list[KeysValues],
+        lengths_BK: np.ndarray,
+        rewrite_all: bool,
     ) -> None:
         self.model, self.memory, self.n_memory = model, memory, source.mask.n_rows
+        self.rewrite_all = rewrite_all
         sources, self.per_source = lengths_BK.shape
         self.range_C2 = np.repeat([source.memory_range(b) for b in range(sources)], self.per_source, axis=0)
         self.length_C = lengths_BK.reshape(-1)
@@ -102,10 +113,11 @@ class _Candidates:
         self.tokens_CT[column_T == length_C1 - 1] = ids.eos
         dtype = torch.promote_types(model.shared.weight.dtype, torch.float32)
         self.score_CT = torch.zeros_like(self.outside_CT, dtype=dtype)
-        self.hidden_CT, self.n_hidden_C = self.content_CT, self.length_C - EMPTY
+        self.hidden_CT = self.written_CT = self.content_CT
+        self.n_written_C = self.length_C - EMPTY
 
     def predict(self) -> None:
-        """One decoder pass: writes every hidden token and its log-probability."""
+        """One decoder pass: writes tokens and their log-probabilities."""
         ids = self.model.ids
         rows, cell_R = self._rows()
         h_LD = decode_over(self.model, rows, self.memory)
@@ -121,10 +133,15 @@ class _Candidates:
 
     def hide(self, done: int, total: int) -> None:
         """Hides the least probable content tokens, the leftmost first among equals."""
-        self.n_hidden_C = np.where(self.finished_C, 0, hidden_count(self.length_C - EMPTY, done, total))
+        content_C = self.length_C - EMPTY
+        n_hidden_C = np.where(self.finished_C, 0, hidden_count(content_C, done, total))
         order_CT = self.score_CT.masked_fill(~self.content_CT, torch.inf).argsort(dim=1, stable=True)
-        lowest_CT = torch.arange(order_CT.shape[1], device=self.device) < self._tensor(self.n_hidden_C)[:, None]
+        lowest_CT = torch.arange(order_CT.shape[1], device=self.device) < self._tensor(n_hidden_C)[:, None]
         self.hidden_CT = torch.zeros_like(self.outside_CT).scatter(1, order_CT, lowest_CT)
+        if self.rewrite_all:
+            self.n_written_C = np.where(self.finished_C, 0, content_C)
+        else:
+            self.written_CT, self.n_written_C = self.hidden_CT, n_hidden_C
 
     def best(self, passes: int) -> Generated:
         """The candidate of highest mean log-probability of each source."""
@@ -136,17 +153,17 @@ class _Candidates:
         return Generated(tokens, mean_BK.max(dim=1).values.tolist(), passes)
 
     def _rows(self) -> tuple[DecoderRows, Tensor]:
-        """Rows [visible | MASK] of every candidate with something hidden, and the cell of tokens_CT each stands for.
+        """Rows [kept | written] of every candidate with something to write, and the cell of tokens_CT each stands for.
 
         Tables come from lengths and counts that the host knows; only the order of the rows is read on the device.
         """
         width = self.tokens_CT.shape[1]
-        active_A = np.flatnonzero(self.n_hidden_C)
-        length_A, hidden_A = self.length_C[active_A], self.n_hidden_C[active_A]
-        start_A, out_start_A = np.cumsum(length_A) - length_A, np.cumsum(hidden_A) - hidden_A
+        active_A = np.flatnonzero(self.n_written_C)
+        length_A, written_A = self.length_C[active_A], self.n_written_C[active_A]
+        start_A, out_start_A = np.cumsum(length_A) - length_A, np.cumsum(written_A) - written_A
         within_R = np.arange(length_A.sum()) - np.repeat(start_A, length_A)
-        out_L = np.arange(hidden_A.sum()) + np.repeat(start_A + length_A - hidden_A - out_start_A, hidden_A)
-        rank_CT = self.hidden_CT.to(torch.uint8) + 2 * self.outside_CT.to(torch.uint8)
+        out_L = np.arange(written_A.sum()) + np.repeat(start_A + length_A - written_A - out_start_A, written_A)
+        rank_CT = self.written_CT.to(torch.uint8) + 2 * self.outside_CT.to(torch.uint8)
         order_CT = rank_CT.argsort(dim=1, stable=True)
         row_R = np.repeat(active_A, length_A) * width
         positions_R = order_CT.view(-1)[self._tensor(row_R + within_R)]
@@ -160,8 +177,8 @@ class _Candidates:
             _full(start_A, length_A, start_A, length_A, n_keys),
             _full(start_A, length_A, *memory, self.n_memory),
             self._tensor(out_L),
-            _full(out_start_A, hidden_A, start_A, length_A, n_keys),
-            _full(out_start_A, hidden_A, *memory, self.n_memory),
+            _full(out_start_A, written_A, start_A, length_A, n_keys),
+            _full(out_start_A, written_A, *memory, self.n_memory),
         )
         return rows, cell_R
 

@@ -6,16 +6,18 @@ from typing import Any
 from finetune.runners.ar import Ar, ArOptions
 from finetune.runners.base import Runner, with_modes
 from finetune.runners.hard_exit import HardExitRunner, HardExitRunnerOptions
+from finetune.runners.janus import Janus, JanusRunnerOptions
 from finetune.runners.nar import Nar, NarOptions
 from finetune.runners.soft_exit import SoftExit, SoftExitRunnerOptions
 from pretrain.bundles.description import Description
 from pretrain.config import Section, choose
 
-__all__ = ["REGISTRY", "Runner", "build", "with_modes"]
+__all__ = ["REGISTRY", "Runner", "build", "ways", "with_modes"]
 
 REGISTRY: dict[str, tuple[type[Section], Callable[..., Runner]]] = {
     "ar": (ArOptions, Ar),
     "nar": (NarOptions, Nar),
+    "janus": (JanusRunnerOptions, Janus),
     "hard_exit": (HardExitRunnerOptions, HardExitRunner),
     "soft_exit": (SoftExitRunnerOptions, SoftExit),
 }
@@ -29,3 +31,8 @@ def build(options: Mapping[str, Any], description: Description) -> Runner:
     """
     chosen, make = choose(REGISTRY, options, "runner")
     return make(chosen, description)
+
+
+def ways(name: str, runner: Runner) -> dict[str, Runner]:
+    """{`--mode` of `generate`: what writes so} of everything that the runner of that name tunes for."""
+    return dict(runner.ways) if isinstance(runner, Janus) else {name: runner}

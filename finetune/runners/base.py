@@ -21,7 +21,7 @@ class Runner(Protocol):
     model: ModelConfig
 
     def generate(self, model: EncoderDecoder, source: SourceRows) -> Generated:
-        """The texts of packed sources."""
+        """The texts of packed sources; where a runner tunes for several ways of writing, in the first of them."""
         ...
 
 

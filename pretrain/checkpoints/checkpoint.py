@@ -9,6 +9,7 @@ all of them.
 """
 
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pretrain.errors import CheckpointError, ParlanceError
 
 FORMAT = 1
 PROGRESS = "progress.json"
+Spare = Callable[[Store], Collection[str]]
 
 
 def open_store(run_dir: str | Path) -> tuple[Store, list[str]]:
@@ -42,11 +44,20 @@ def open_store(run_dir: str | Path) -> tuple[Store, list[str]]:
     return store, lines
 
 
-def save(store: Store, step: int, engine: Engine, world: World, progress: dict[str, Any], keep: int = 0) -> Path:
+def save(
+    store: Store,
+    step: int,
+    engine: Engine,
+    world: World,
+    progress: dict[str, Any],
+    keep: int = 0,
+    spare: Spare = lambda store: (),
+) -> Path:
     """Commits the whole state after `step` updates; then keeps the newest `keep` commits (0: all).
 
     Args:
         progress: what the loop needs to go on, as JSON.
+        spare: names the commits that are kept besides, called on rank 0 when this one is there.
 
     Raises:
         NonFiniteError: a weight or optimizer state is not finite; nothing is committed.
@@ -75,7 +86,7 @@ def save(store: Store, step: int, engine: Engine, world: World, progress: dict[s
         distributed.rank_zero(lambda: store.discard(staging))
         raise
     if keep:
-        distributed.rank_zero(lambda: store.retain(keep))
+        distributed.rank_zero(lambda: store.retain(keep, spare(store)))
     return target
 
 

@@ -21,7 +21,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -95,10 +95,10 @@ class Store:
             if staging.exists():
                 self._discard(staging)
 
-    def retain(self, keep: int) -> list[str]:
+    def retain(self, keep: int, spared: Collection[str] = ()) -> list[str]:
         """Deletes what is older than the newest `keep` commits that verify; returns what went.
 
-        A damaged commit is not counted, so it never takes the place of an intact one.
+        A damaged commit is not counted, so it never takes the place of an intact one. spared: names that stay.
         """
         commits, intact = self.commits(), 0
         for path in reversed(commits):
@@ -106,6 +106,7 @@ class Store:
             if intact == keep:
                 break
         old = commits[: commits.index(path)] if intact == keep else []
+        old = [path for path in old if path.name not in spared]
         with disk_errors(self.folder):
             for path in old:
                 self._discard(path)
@@ -120,6 +121,10 @@ class Store:
         named = [(match, path) for path in self.folder.iterdir() if (match := _COMMIT.fullmatch(path.name))]
         found = [(int(match[1]), path) for match, path in named if _is_directory(path)]
         return [path for _, path in sorted(found)]
+
+    def intact(self) -> list[Path]:
+        """Every commit that verifies, oldest first."""
+        return [path for path in self.commits() if self._good(path)]
 
     def latest(self) -> Path | None:
         """The newest commit that verifies; None if nothing was ever committed.

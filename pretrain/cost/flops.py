@@ -68,7 +68,13 @@ def decoder_flops(config: ModelConfig, layers: Sequence[LayerWork], scored: int)
 
 
 def deciding_flops(config: ModelConfig, batch: TokenBatch) -> int:
-    """Operations of the forward that decides where rows leave; what leaves is not known here, so none is saved."""
+    """Operations of the forward that decides where rows leave, or what they are given to correct.
+
+    What leaves is not known here, so none is saved.
+    """
+    if batch.guessing is not None:
+        work = batch.guessing.work(config.decoder_layers)
+        return decoder_flops(config, work, len(batch.guessing.out_L)).forward
     asked = batch.deciding_rows * (config.decoder_layers - 1)
     if not asked:
         return 0
@@ -80,7 +86,7 @@ def facts(model: EncoderDecoder) -> dict[str, Callable[[TokenBatch], int]]:
 
     def masked(batch: TokenBatch) -> int:
         content_K = batch.rows.tokens_R[: batch.rows.n_keys]
-        return int((content_K == model.ids.mask).sum())
+        return int((content_K == model.ids.mask).sum()) // batch.copies
 
     def flops(batch: TokenBatch) -> int:
         return batch_flops(model.config, batch).training + deciding_flops(model.config, batch)

@@ -9,10 +9,12 @@ from pretrain.config import ModelConfig, Section, choose
 from pretrain.models.ids import SpecialIds
 from pretrain.objectives.base import Example, LossSums, Objective, ObjectiveModule, Preview
 from pretrain.objectives.cmlm import Cmlm, CmlmOptions
+from pretrain.objectives.cmlm_corr import CmlmCorr, CmlmCorrOptions
 from pretrain.objectives.denoise import Denoise, DenoiseOptions
 from pretrain.objectives.hard_exit import HardExit, HardExitOptions
 from pretrain.objectives.janus import Janus, JanusOptions
 from pretrain.objectives.lplm import Lplm, LplmOptions
+from pretrain.objectives.rdrop import RDrop, RDropOptions
 from pretrain.objectives.soft_exit import SoftExit, SoftExitOptions
 
 __all__ = ["Example", "LossSums", "Objective", "ObjectiveModule", "Preview", "build"]
@@ -20,6 +22,8 @@ __all__ = ["Example", "LossSums", "Objective", "ObjectiveModule", "Preview", "bu
 REGISTRY: dict[str, tuple[type[Section], Callable[..., Objective]]] = {
     "janus": (JanusOptions, Janus),
     "cmlm": (CmlmOptions, Cmlm),
+    "cmlm_corr": (CmlmCorrOptions, CmlmCorr),
+    "rdrop": (RDropOptions, RDrop),
     "denoise": (DenoiseOptions, Denoise),
     "lplm": (LplmOptions, Lplm),
     "hard_exit": (HardExitOptions, HardExit),

@@ -58,9 +58,19 @@ class TokenBatch:
         return 0
 
     @property
+    def guessing(self) -> DecoderRows | None:
+        """Input of a forward without gradient beforehand, whose rows in use are projected onto the vocabulary."""
+        return None
+
+    @property
     def fed_rows(self) -> int:
         """Rows whose state is mixed with what they would write."""
         return 0
+
+    @property
+    def copies(self) -> int:
+        """How often every target stands in the rows."""
+        return 1
 
     def source_tokens(self, index: int) -> list[int]:
         """What the encoder reads of a sample."""
@@ -140,7 +150,19 @@ def packed_losses(
     A `length` entry in `scale` other than 0 trains the length head; it runs in any case, so that every rank
     calls the same modules.
     """
-    memory_MD = model.encode(batch.source)
+    return decoded_losses(model, batch, model.encode(batch.source), scale, ce_terms, kl_terms, label_smoothing)
+
+
+def decoded_losses(
+    model: EncoderDecoder,
+    batch: TokenBatch,
+    memory_MD: Tensor,
+    scale: Mapping[str, float],
+    ce_terms: Sequence[str],
+    kl_terms: Mapping[str, tuple[int, int]],
+    label_smoothing: float,
+) -> tuple[Tensor, LossSums]:
+    """`packed_losses` over an encoder output that is there already."""
     h_LD = model.decode(batch.rows, memory_MD)
     loss = VocabTargets(
         target_R=batch.target_L,
@@ -161,7 +183,7 @@ def packed_losses(
 def length_loss(model: EncoderDecoder, batch: TokenBatch, memory_MD: Tensor) -> Tensor:
     """Summed cross-entropy of the length predictor, in float32 or wider."""
     # With the encoder run twice, the second half of the source rows belongs to the NAR and AUX pass.
-    length_BN = model.length_logits(memory_MD, batch.source)[-batch.n_samples or len(memory_MD) :]
+    length_BN = model.length_logits(memory_MD, batch.source)[-len(batch.length_B) or len(memory_MD) :]
     wide = length_BN.float() if length_BN.dtype.itemsize < 4 else length_BN
     return F.cross_entropy(wide, batch.length_B, reduction="sum")
 

@@ -20,19 +20,24 @@ from pretrain.objectives.corruption import Corruption, corrupt_text
 CE_TERMS = ("nar",)
 
 
-class CmlmOptions(Section):
-    """Options. In pre-training the encoder sees infilled spans while the decoder hides k ~ uniform tokens."""
+class MaskedOptions(Section):
+    """What every objective with k ~ uniform hidden tokens has. In pre-training the encoder sees infilled spans."""
 
-    name: Literal["cmlm"] = "cmlm"
     label_smoothing: Rate = 0.0
     length_weight: float = Field(0.1, ge=0.0)
     corruption: Corruption = Corruption(encoder_ratio=0.3, decoder_ratio=0.3)
 
 
+class CmlmOptions(MaskedOptions):
+    """Options."""
+
+    name: Literal["cmlm"] = "cmlm"
+
+
 class Cmlm:
     """The objective on packed rows; terms: nar, length."""
 
-    def __init__(self, options: CmlmOptions, ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig):
+    def __init__(self, options: MaskedOptions, ids: SpecialIds, word_starts: np.ndarray | None, model: ModelConfig):
         self.options, self.ids, self.word_starts, self.model = options, ids, word_starts, model
         self.weights: Mapping[str, float] = {"nar": 1.0, "length": options.length_weight}
         self.layout = ArLayout.aligned("bos_first", ids)

@@ -92,7 +92,7 @@ def test_tune_generate_score(
     assert tuned.description.max_source == 32 and tuned.description.length_trained == (runner == "nar")
     assert not torch.equal(tuned.model.shared.weight, start.model.shared.weight)
     assert tuned.provenance["tuned_from"] == {"run": "random"}
-    assert (run / "samples" / "step_000003.txt").read_text(encoding="utf-8").count("written") == 3
+    assert (run / "samples" / "step_000003.txt").read_text(encoding="utf-8").count("target") == 3
     assert list((run / "tb").iterdir())
     assert (run / "task" / "test.source").read_text() == (place / "test.src").read_text()
     capsys.readouterr()

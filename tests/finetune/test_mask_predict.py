@@ -3,6 +3,7 @@
 import inspect
 import math
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -39,7 +40,12 @@ def test_the_schedule_is_the_exact_floor(content: int, total: int, data: st.Data
 
 @torch.no_grad()
 def reference(
-    model: EncoderDecoder, source: np.ndarray, length: int, iterations: int, early_stop: bool = False
+    model: EncoderDecoder,
+    source: np.ndarray,
+    length: int,
+    iterations: int,
+    early_stop: bool = False,
+    rewrite_all: bool = False,
 ) -> tuple[list[int], float]:
     """One candidate by the definition, token by token, through a full forward per pass."""
     memory = model.encode(pack([source]))
@@ -47,11 +53,15 @@ def reference(
     masked, total = np.arange(1, length - 1), iterations + 1
     for done in range(1, total + 1):
         before = tokens.copy()
-        if len(masked):
-            packed, _, _ = pack_streams([nar(tokens, masked, (0, len(source)), IDS.mask, 0)], len(source))
+        written = np.arange(1, length - 1) if rewrite_all else masked
+        if len(written):
+            stream = nar(tokens, masked, (0, len(source)), IDS.mask, 0)
+            stream.used, stream.targets = (0, length), tokens
+            packed, _, _ = pack_streams([stream], len(source))
             log_p = model.logits(model.decode(packed, memory)).log_softmax(dim=1)
-            for row, position in enumerate(masked):
-                allowed = log_p[row].clone()
+            row_of = {int(position): row for row, position in enumerate(stream.positions)}
+            for position in written:
+                allowed = log_p[row_of[int(position)]].clone()
                 allowed[list(SPECIAL)] = -torch.inf
                 tokens[position], scores[position] = int(allowed.argmax()), float(allowed.max())
         if early_stop and done > 1 and (tokens == before).all():
@@ -63,17 +73,25 @@ def reference(
 
 @pytest.mark.parametrize("iterations", [0, 1, 4, 10])
 @pytest.mark.parametrize(("choice", "early_stop"), [("contiguous", False), ("topk", True)])
-def test_it_follows_the_definition(iterations: int, choice: LengthChoice, early_stop: bool) -> None:
+@pytest.mark.parametrize("rewrite", ["hidden", "all"])
+def test_it_follows_the_definition(
+    iterations: int, choice: LengthChoice, early_stop: bool, rewrite: Literal["hidden", "all"]
+) -> None:
     model, sources = tiny_model(seed=1), some_sources()
     options = MaskPredictOptions(
-        iterations=iterations, length_beam=3, length_choice=choice, max_length=20, early_stop=early_stop
+        iterations=iterations,
+        length_beam=3,
+        length_choice=choice,
+        max_length=20,
+        early_stop=early_stop,
+        rewrite=rewrite,
     )
     found = mask_predict(model, pack(sources), options)
     with torch.no_grad():
         rows = pack(sources)
         lengths = candidate_lengths(model.length_logits(model.encode(rows), rows), 3, choice, 20)
     for i, source in enumerate(sources):
-        tried = [reference(model, source, int(n), iterations, early_stop) for n in lengths[i]]
+        tried = [reference(model, source, int(n), iterations, early_stop, rewrite == "all") for n in lengths[i]]
         text, score = max(tried, key=lambda one: one[1])
         assert found.tokens[i].tolist() == text
         assert found.scores[i] == pytest.approx(score, abs=1e-10)

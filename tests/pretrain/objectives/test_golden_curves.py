@@ -39,7 +39,7 @@ def curve(name):
     return losses
 
 
-@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm", "hard_exit", "soft_exit"])
+@pytest.mark.parametrize("name", ["janus", "cmlm", "denoise", "lplm", "hard_exit", "soft_exit", "cmlm_corr", "rdrop"])
 def test_curve(name, request):
     losses, file = curve(name), GOLDENS / f"{name}.txt"
     if request.config.getoption("--update-goldens"):
