@@ -13,7 +13,10 @@ from pretrain.errors import UsageError
 
 # Decoder options that each mode takes; they are named like the arguments.
 OPTIONS = {
-    "ar": ("beam", "length_penalty", "max_length"),
+    "ar": (
+        *("beam", "length_penalty", "no_repeat_ngram", "n_best", "sample", "temperature", "top_k", "seed"),
+        "max_length",
+    ),
     "nar": ("iterations", "length_beam", "length_choice", "early_stop", "max_length"),
     "hard_exit": ("threshold", "rows", "test_layers", "max_length"),
     "soft_exit": ("max_length",),
@@ -69,7 +72,7 @@ def _run_train(given: argparse.Namespace) -> None:
 
 
 def _generate(commands: Commands) -> None:
-    parser = commands.add_parser("generate", help="write a text for each line of a file")
+    parser = commands.add_parser("generate", help="write a text for each line of a file; killed, it goes on")
     parser.add_argument("bundle", metavar="BUNDLE", help="folder of a hand-off bundle, tuned or not")
     parser.add_argument("--mode", required=True, choices=tuple(OPTIONS), help="how to write")
     parser.add_argument("--input", required=True, metavar="FILE", help="one source a line; - is stdin")
@@ -79,10 +82,18 @@ def _generate(commands: Commands) -> None:
     parser.add_argument("--max-length", type=int, metavar="L", help="longest text in tokens, BOS and EOS counted")
     parser.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="source tokens of a batch at most")
     parser.add_argument("--dedup", action="store_true", help="leave out a token equal to the one before it; reported")
+    parser.add_argument("--scores", action="store_true", help="lines of source number, score and text, tabs between")
+    parser.add_argument("--restart", action="store_true", help="leave what was written of OUTPUT, and begin anew")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     left_to_right = parser.add_argument_group("with --mode ar")
     left_to_right.add_argument("--beam", type=int, metavar="B", help="hypotheses; 1 is greedy")
     left_to_right.add_argument("--length-penalty", type=float, metavar="P", help="score = log-probability / length**P")
+    left_to_right.add_argument("--no-repeat-ngram", type=int, metavar="N", help="no N tokens come twice in a text")
+    left_to_right.add_argument("--n-best", type=int, metavar="N", help="lines a source, best first; N <= --beam")
+    left_to_right.add_argument("--sample", action="store_true", default=None, help="draw tokens in place of a beam")
+    left_to_right.add_argument("--temperature", type=float, metavar="T", help="of --sample; below 1 is surer")
+    left_to_right.add_argument("--top-k", type=int, metavar="K", help="--sample only among the K likeliest tokens")
+    left_to_right.add_argument("--seed", type=int, metavar="S", help="of --sample; every line has draws of its own")
     parallel = parser.add_argument_group("with --mode nar")
     parallel.add_argument("--iterations", type=int, metavar="K", help="refinements: K + 1 decoder passes")
     parallel.add_argument("--length-beam", type=int, metavar="K", help="candidate lengths")
@@ -100,7 +111,7 @@ def _layers(text: str) -> list[int]:
 
 
 def _run_generate(given: argparse.Namespace) -> None:
-    from finetune.generate import generate
+    from finetune.write_file import generate
 
     options = {}
     for name in {name for names in OPTIONS.values() for name in names}:
@@ -111,9 +122,9 @@ def _run_generate(given: argparse.Namespace) -> None:
             options[name] = value
     if given.batch_tokens < 1:
         raise UsageError(f"`--batch-tokens` must be at least 1, got {given.batch_tokens}")
-    generate(
-        given.bundle, given.mode, given.input, given.output, options, given.batch_tokens, given.dedup, given.device
-    )
+    files = given.input, given.output
+    rest = given.batch_tokens, given.dedup, given.device, given.scores, given.restart
+    generate(given.bundle, given.mode, *files, options, *rest)
 
 
 def _score(commands: Commands) -> None:

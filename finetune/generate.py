@@ -1,62 +1,74 @@
-"""`generate`: texts for the lines of a file, in batches of similar length, in the order of the input."""
+"""Texts for many sources, in batches of similar length, in the order of the sources; what a bundle can write in."""
 
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from finetune import runners
 from finetune.corpus import enclose
 from finetune.decoding import Exits, Generated
 from finetune.runners import Runner
 from finetune.runners.exits import trained_with
 from finetune.tasks import one_line
-from finetune.tasks.pairs import read_lines
-from pretrain.bundles.bundle import load_bundle
 from pretrain.bundles.description import Description
-from pretrain.data.files import write_atomic
 from pretrain.data.tokenizer import TextTokenizer
-from pretrain.errors import DataError, UsageError
+from pretrain.errors import UsageError
 from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.rows import to_device
 
 # What a bundle must be able to do for each --mode; plain BART writes left to right on its content stream.
 NEEDS = {"ar": ("ar", "causal"), "nar": ("nar",), "hard_exit": ("hard_exit",), "soft_exit": ("soft_exit",)}
-STANDARD = "-"
 
 
 @dataclass(frozen=True)
 class Written:
     """The texts of some sources and what they cost.
 
-    texts: one line each. passes: decoder passes of each batch. seconds: encoding and decoding, without tokenisation.
-    cut: sources shortened to `max_source` tokens. repeats: tokens that `dedup` removed. exits: where tokens left the
-    decoder, if they did so early.
+    texts: one line each, `n_best` of each source one behind the other. scores: what the decoder ranks each by, see
+    there. sentences: number of sources. passes: how many batches took so many decoder passes. seconds: encoding and
+    decoding, without tokenisation. cut: sources shortened to `max_source` tokens. repeats: tokens that `dedup` removed.
+    exits: where tokens left the decoder, if they did so early.
     """
 
     texts: list[str]
-    passes: list[int]
+    passes: Counter[int]
     seconds: float
     max_source: int
     cut: int = 0
     repeats: int = 0
     exits: Exits | None = None
+    sentences: int = 0
+    scores: list[float] = field(default_factory=list)
+    n_best: int = 1
+
+    def __add__(self, other: "Written") -> "Written":
+        """What both cost together; their texts are not kept, so that the sum over a big file stays small."""
+        return Written(
+            [],
+            self.passes + other.passes,
+            self.seconds + other.seconds,
+            self.max_source,
+            self.cut + other.cut,
+            self.repeats + other.repeats,
+            self.exits + other.exits if self.exits and other.exits else self.exits or other.exits,
+            self.sentences + other.sentences,
+            n_best=self.n_best,
+        )
 
     def report(self) -> str:
         """One line for people: passes, speed and whatever was done to the texts."""
-        lines = len(self.texts)
-        passes = f"{min(self.passes)} to {max(self.passes)}" if len(set(self.passes)) > 1 else f"{self.passes[0]}"
+        lines = self.sentences
+        passes = " to ".join(str(count) for count in sorted({min(self.passes), max(self.passes)}))
         notes = f", {self.cut} sources cut to {self.max_source} tokens" if self.cut else ""
         notes += f", dedup removed {self.repeats} tokens" if self.repeats else ""
         notes += f", {self.exits.report()}" if self.exits else ""
         return (
-            f"{lines} sentences in {len(self.passes)} batch(es), {passes} decoder passes a batch, "
+            f"{lines} sentences in {self.passes.total()} batch(es), {passes} decoder passes a batch, "
             f"{lines / self.seconds:.1f} sentences/s, {1000 * self.seconds / lines:.2f} ms a sentence{notes}"
         )
 
@@ -69,31 +81,43 @@ def write_texts(
     max_source: int,
     batch_tokens: int = 4096,
     dedup: bool = False,
+    first: int = 0,
+    told: Callable[[int], None] | None = None,
 ) -> Written:
     """Generates for every source, longest first, in batches of at most `batch_tokens` source tokens.
 
     The texts do not depend on how sources are batched. max_source: tokens with BOS and EOS that a longer source is cut
-    to, because positions beyond were never trained. dedup: leave out a token equal to the one before it.
+    to, because positions beyond were never trained. dedup: leave out a token equal to the one before it. first: number
+    of the first source in its file, for decoders that draw. told: called after each batch with its number of sources.
     """
     ids, device = model.ids, model.shared.weight.device
     encoded = tokenizer.encode_batch([one_line(source) for source in sources])
     rows = [enclose(tokens[: max_source - 2], ids) for tokens in encoded]
-    texts, passes, seconds, repeats = [""] * len(rows), [], 0.0, 0
+    found: list[list[tuple[str, float]]] = [[] for _ in rows]
+    passes, seconds, repeats, n_best = Counter[int](), 0.0, 0, 1
     exits: Exits | None = None
     for batch in batches([len(row) for row in rows], batch_tokens):
-        source = to_device(SourceRows.pack([rows[index] for index in batch]), device)
+        source = to_device(
+            SourceRows.pack([rows[index] for index in batch], [first + index for index in batch]), device
+        )
         started = time.perf_counter()
         made: Generated = runner.generate(model, source)  # results are on the host, so the device is done
         seconds += time.perf_counter() - started
-        passes.append(made.passes)
+        passes[made.passes] += 1
         if made.exits:
             exits = made.exits if exits is None else exits + made.exits
-        for index, tokens in zip(batch, made.tokens, strict=True):
+        n_best = made.n_best
+        owners = [index for index in batch for _ in range(n_best)]
+        for index, tokens, score in zip(owners, made.tokens, made.scores, strict=True):
             kept = without_repeats(tokens) if dedup else tokens
             repeats += len(tokens) - len(kept)
-            texts[index] = one_line(tokenizer.decode(kept))
+            found[index].append((one_line(tokenizer.decode(kept)), score))
+        if told:
+            told(len(batch))
     cut = sum(len(tokens) > max_source - 2 for tokens in encoded)
-    return Written(texts, passes, seconds, max_source, cut, repeats, exits)
+    flat = [one for several in found for one in several]
+    texts, scores = [text for text, _ in flat], [score for _, score in flat]
+    return Written(texts, passes, seconds, max_source, cut, repeats, exits, len(rows), scores, n_best)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -109,46 +133,6 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 def without_repeats(tokens: np.ndarray) -> np.ndarray:
     """`tokens` without those equal to the one before them."""
     return np.array([token for token, _ in groupby(tokens.tolist())], dtype=tokens.dtype)
-
-
-def generate(
-    bundle_path: str,
-    mode: str,
-    source_file: str,
-    target_file: str,
-    options: Mapping[str, Any],
-    batch_tokens: int = 4096,
-    dedup: bool = False,
-    device: str = "auto",
-) -> Written:
-    """Reads lines, writes as many, and prints passes and speed on stderr. `-` is stdin or stdout.
-
-    options: of the mode's decoder.
-
-    Raises:
-        UsageError: the bundle cannot write in `mode`.
-        CheckpointError, ConfigError, DataError: a bad bundle, option or input.
-    """
-    if STANDARD not in (source_file, target_file) and Path(target_file).resolve() == Path(source_file).resolve():
-        raise UsageError(f"`--output` must be another file than `--input`, both are `{target_file}`")
-    bundle = load_bundle(bundle_path)
-    description = bundle.description
-    check_mode(description, bundle_path, mode, options)
-    sources = _stdin_lines() if source_file == STANDARD else read_lines(source_file)
-    if not sources:
-        raise DataError(f"`{source_file}` must hold at least one line, it is empty")
-    runner = runners.build({"name": mode, "decoding": dict(options)}, description)
-    model = bundle.model.to(device_named(device))
-    written = write_texts(model, bundle.tokenizer, runner, sources, description.longest_source, batch_tokens, dedup)
-    text = "".join(f"{line}\n" for line in written.texts)
-    if target_file == STANDARD:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    else:
-        Path(target_file).absolute().parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(target_file), text.encode())
-    print(f"{mode}: {written.report()}", file=sys.stderr, flush=True)
-    return written
 
 
 def check_mode(description: Description, bundle_path: str, mode: str, options: Mapping[str, Any]) -> None:
@@ -183,8 +167,3 @@ def device_named(name: str) -> torch.device:
     if name == "cuda" and not on_cuda:
         raise UsageError("`--device` cuda needs a CUDA device, found none")
     return torch.device("cuda" if on_cuda and name != "cpu" else "cpu")
-
-
-def _stdin_lines() -> list[str]:
-    text = sys.stdin.read()
-    return text.removesuffix("\n").split("\n") if text else []

@@ -130,9 +130,9 @@ class Quickstart:
     def _written(self, way: str) -> str:
         """Writes the test sources one by one, as the papers time it, and scores the texts."""
         from finetune import tasks
-        from finetune.generate import generate
         from finetune.scores import score
         from finetune.tasks.pairs import read_lines
+        from finetune.write_file import generate
 
         mode, options = self.story.ways[way]
         run = self.folder / "runs" / self.tuned(mode)
@@ -144,11 +144,12 @@ class Quickstart:
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
         say(f"python -m finetune generate {run}/bundle --mode {mode} {flags} --batch-tokens 1 "
             f"--input {few[source]} --output {texts}")  # fmt: skip
-        written = generate(str(run / "bundle"), mode, str(few[source]), str(texts), options, batch_tokens=1)
+        files = str(few[source]), str(texts)
+        written = generate(str(run / "bundle"), mode, *files, options, batch_tokens=1, restart=True)
         metrics = tasks.build({"name": TASK}).metrics
         scores = score(read_lines(texts), read_lines(few[target]), metrics).values
-        passes = sum(written.passes) / len(written.passes)
-        latency = 1000 * written.seconds / len(written.texts)
+        passes = sum(count * batches for count, batches in written.passes.items()) / written.passes.total()
+        latency = 1000 * written.seconds / written.sentences
         return f"{way:24}{scores['rouge1']:9.2f}{scores['rougeL']:9.2f}{latency:15.1f}{passes:9.1f}"
 
 

@@ -3,11 +3,9 @@
 A hook that holds a collective runs on every rank; only its output is rank 0's.
 """
 
-import signal
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,10 +16,10 @@ from pretrain.errors import Requeue
 from pretrain.loop import Progress, StepReport, global_counts, global_means, weighted
 from pretrain.objectives import Preview
 from pretrain.runs import write_text
+from pretrain.signals import Signals
 from pretrain.watch.console import terms
 from pretrain.watch.tensorboard import TensorBoard, plain
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 Note = Callable[[str], None]
 
 
@@ -132,29 +130,6 @@ class Save:
         if self.saved_step != progress.step:
             self.write(progress)
             self.saved_step = progress.step
-
-
-class Signals:
-    """SIGTERM and SIGUSR1 while it is entered: remembered here, acted on by `StopOnSignal` after the update.
-
-    Data workers inherit the handler and so outlive a signal to the whole job, until their rank is done with them.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
 
 
 class StopOnSignal:

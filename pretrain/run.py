@@ -23,10 +23,11 @@ from pretrain.data.stream import SampleStream
 from pretrain.distributed import World, together
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError, ParlanceError, Requeue
-from pretrain.hooks import Save, Signals, Skips, StopOnSignal, Validation
+from pretrain.hooks import Save, Skips, StopOnSignal, Validation
 from pretrain.loop import Hook, Progress, StepReport, fit
 from pretrain.models import EncoderDecoder
 from pretrain.optim import learning_rate
+from pretrain.signals import Signals
 from pretrain.watch import cosine
 from pretrain.watch.console import Console, Meter, short
 from pretrain.watch.cosine import GradientCosine

@@ -1,12 +1,14 @@
 """Decoders: functions of a model and a batch of sources. None of them can be given a reference."""
 
-from finetune.decoding.beam import BeamOptions, beam_search
+from finetune.decoding.beam import beam_search
 from finetune.decoding.common import Exits, Generated
 from finetune.decoding.hard_exit import HardExitDecoding, hard_exit
+from finetune.decoding.left_to_right import ArDecoding
 from finetune.decoding.mask_predict import MaskPredictOptions, mask_predict
+from finetune.decoding.sample import sample
 
 __all__ = [
-    "BeamOptions",
+    "ArDecoding",
     "Exits",
     "Generated",
     "HardExitDecoding",
@@ -14,4 +16,5 @@ __all__ = [
     "beam_search",
     "hard_exit",
     "mask_predict",
+    "sample",
 ]

@@ -20,14 +20,16 @@ USUAL_LENGTH = 64  # of a text in tokens, with BOS and EOS, where neither option
 class Generated:
     """The texts of a batch of sources.
 
-    tokens: int64 [N] per source, without BOS and EOS. scores: what the decoder ranks hypotheses by (see there).
+    tokens: int64 [N] per text, without BOS and EOS. scores: what the decoder ranks hypotheses by (see there).
     passes: how often the decoder ran over this batch. exits: where tokens left the decoder, if they did so early.
+    n_best: texts of each source, one behind the other.
     """
 
     tokens: list[np.ndarray]
     scores: list[float]
     passes: int
     exits: "Exits | None" = None
+    n_best: int = 1
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from finetune.decoding import BeamOptions, Generated, beam_search
+from finetune.decoding import ArDecoding, Generated, beam_search, sample
 from pretrain.bundles.description import Description, Mode
 from pretrain.config import Rate, Section
 from pretrain.models import EncoderDecoder, SourceRows
@@ -16,11 +16,11 @@ class ArOptions(Section):
 
     name: Literal["ar"] = "ar"
     label_smoothing: Rate = 0.1
-    decoding: BeamOptions = BeamOptions()
+    decoding: ArDecoding = ArDecoding()
 
 
 class Ar:
-    """Cross-entropy of the next token; beam search."""
+    """Cross-entropy of the next token; beam search or sampling."""
 
     def __init__(self, options: ArOptions, description: Description) -> None:
         self.options, self.layout, self.model = options, description.layout, description.model
@@ -43,4 +43,6 @@ class Ar:
             }
 
     def generate(self, model: EncoderDecoder, source: SourceRows) -> Generated:
-        return beam_search(model, source, self.layout, self.stream, self.options.decoding)
+        decoding = self.options.decoding
+        write = sample if decoding.sample else beam_search
+        return write(model, source, self.layout, self.stream, decoding)

@@ -16,7 +16,7 @@ import torch
 from harness import Row, medians, require
 from torch import Tensor
 
-from finetune.decoding import BeamOptions, Generated, MaskPredictOptions, beam_search, mask_predict
+from finetune.decoding import ArDecoding, Generated, MaskPredictOptions, beam_search, mask_predict
 from pretrain.bundles.description import BART_NAMES
 from pretrain.config import ModelConfig
 from pretrain.models import EncoderDecoder, SourceRows, SpecialIds
@@ -73,7 +73,7 @@ def source() -> SourceRows:
 
 def our_beam(beam: int = BEAM) -> Generated:
     """TOKENS tokens with BOS and EOS, as transformers counts new tokens, which are as many decoder passes."""
-    options = BeamOptions(beam=beam, max_length=TOKENS)
+    options = ArDecoding(beam=beam, max_length=TOKENS)
     return beam_search(ours(), source(), ArLayout.aligned("eos_first", IDS), "content", options)
 
 

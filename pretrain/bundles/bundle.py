@@ -6,6 +6,7 @@
     provenance.json         run, step, configuration, versions, sources and licences
     golden.safetensors      a fixed input and its logits per mode
     manifest.json           size and sha256 of all of these (pretrain/checkpoints/seal.py)
+    README.md               the model card, which people may edit (pretrain/bundles/card.py)
 
 A bundle appears whole or not at all; loading one checks every bit and computes the golden logits again.
 """
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pretrain.bundles.card import CARD, model_card
 from pretrain.bundles.description import Description, from_bart, generation_config, to_bart
 from pretrain.bundles.origin import origin, other_origin
 from pretrain.bundles.whole_folder import whole_folder
@@ -79,6 +81,7 @@ def write_bundle(
         write_json(staging / PROVENANCE, provenance)
         tokenizer.save(staging)
         seal.seal_folder(staging, step=0)
+        (staging / CARD).write_text(model_card(model, description, provenance), encoding="utf-8")
     return target
 
 
@@ -132,8 +135,13 @@ def load_bundle(path: str | Path, verify: bool = True, backend: str = "auto") ->
 def check_seal(folder: Path) -> None:
     """Raises CheckpointError naming the first file that is not as it was written; a bundle without manifest is not."""
     check_is_bundle(folder)
-    for problem in seal.verify(folder, step_in_name=False):
+    for problem in problems(folder):
         raise CheckpointError(f"bundle `{folder}` is not as it was written: {problem}")
+
+
+def problems(folder: Path) -> list[str]:
+    """What is not as it was written, one line each; the card may be anything."""
+    return seal.verify(folder, step_in_name=False, unsealed=(CARD,))
 
 
 def check_is_bundle(folder: Path) -> None:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from pretrain import objectives
 from pretrain.bundles.bundle import check_replaceable, load_bundle, write_bundle
+from pretrain.bundles.card import advice
 from pretrain.bundles.description import Description, Mode
 from pretrain.checkpoints.checkpoint import read_progress
 from pretrain.checkpoints.commit import Store
 from pretrain.checkpoints.seal import read_json
-from pretrain.config import RunConfig, complete
+from pretrain.config import RunConfig
 from pretrain.data.manifest import Manifest, read_manifest, read_tokenizer
 from pretrain.errors import CheckpointError
 from pretrain.loop import Progress
@@ -65,17 +66,6 @@ def handoff(run_dir: str | Path, out: str | Path) -> Path:
         file=sys.stderr,
     )
     return Path(out)
-
-
-def advice(description: Description) -> str:
-    """Why to tune before the bundle writes, in brackets; empty where it may write as it is."""
-    modes, objective = description.modes, complete(objectives.REGISTRY, description.objective, "objective")
-    told = objective.get("rows") == "target"
-    if "nar" in modes and not description.length_trained:
-        return " (the length predictor is untrained: tune before `--mode nar`)"
-    if told and ("soft_exit" in modes or ("hard_exit" in modes and not description.length_trained)):
-        return f" (the number of decoder rows told the length: tune before `--mode {modes[0]}`)"
-    return ""
 
 
 def read_weights(commit: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,10 +24,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 Described = dict[str, Any]  # {"bytes": int, "sha256": hex}
 
 
-def verify(path: Path, step_in_name: bool = True) -> list[str]:
+def verify(path: Path, step_in_name: bool = True, unsealed: Collection[str] = ()) -> list[str]:
     """Every problem of a sealed directory, one line each; empty when each bit is as it was sealed.
 
-    step_in_name: a name like that of a commit must be of the step in the manifest.
+    step_in_name: a name like that of a commit must be of the step in the manifest. unsealed: names that may be there
+    although the manifest lacks them.
     """
     try:
         with open_plain(path / MANIFEST) as file:
@@ -43,7 +44,8 @@ def verify(path: Path, step_in_name: bool = True) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST} cannot be read: {type(error).__name__}"]
     present = sorted(one.name for one in path.iterdir())
-    problems = [f"{_shown(name)} is not in the manifest" for name in present if name not in files and name != MANIFEST]
+    known = {*files, *unsealed, MANIFEST}
+    problems = [f"{_shown(name)} is not in the manifest" for name in present if name not in known]
     return [*problems, *(problem for name in files if (problem := _problem(path / name, files[name])))]
 
 

@@ -39,17 +39,22 @@ def to_device(rows: RowsT, device: torch.device) -> RowsT:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Encoder input. tokens_R, positions_R, sample_R: int64; sample_R is non-decreasing, n_samples = B."""
+    """Encoder input. tokens_R, positions_R, sample_R: int64; sample_R is non-decreasing, n_samples = B.
+
+    number_B: int64, which source of a file each is, whatever the batch: decoders that draw take their random numbers
+    from it. None where nothing is drawn, or where the place in the batch will do.
+    """
 
     tokens_R: Tensor
     positions_R: Tensor
     sample_R: Tensor
     n_samples: int
     mask: SampleMask
+    number_B: Tensor | None = None
 
     @classmethod
-    def pack(cls, sources: Sequence[np.ndarray]) -> "SourceRows":
-        """Packs int arrays (each with its BOS and EOS) one behind the other."""
+    def pack(cls, sources: Sequence[np.ndarray], numbers: Sequence[int] | None = None) -> "SourceRows":
+        """Packs int arrays (each with its BOS and EOS) one behind the other; numbers: `number_B`."""
         lengths = np.array([len(source) for source in sources], dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
         rows = int(lengths.sum())
@@ -59,7 +64,9 @@ class SourceRows:
         ]
         mask = SampleMask.build([(*line, 0, 0, 0, 0) for line in table], rows)
         tokens = np.concatenate([*sources, np.empty(0, np.int64)])
-        return cls(_int64(tokens), _int64(np.arange(rows) - starts[sample]), _int64(sample), len(sources), mask)
+        number_B = None if numbers is None else _int64(np.array(numbers))
+        positions = _int64(np.arange(rows) - starts[sample])
+        return cls(_int64(tokens), positions, _int64(sample), len(sources), mask, number_B)
 
     def memory_range(self, sample: int) -> tuple[int, int]:
         """(first row, number of rows) of a sample in the encoder output."""

@@ -6,8 +6,8 @@
     bundle        sha256 of every file, finite weights, tied ones once, golden logits           (here)
 
 Every bit of shards, index, tokenizer, checkpoints and bundles is under a sha256, and every manifest under its own. What
-people may touch in a run is not: config.yaml, env.json and events.jsonl must be readable and fit, boards and samples
-are not looked at.
+people may touch is not: config.yaml, env.json and events.jsonl of a run must be readable and fit, boards, samples and
+the README.md of a bundle are not looked at.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pretrain import runs
 from pretrain.bundles.bundle import CONFIG, GENERATION, GOLDEN, PROVENANCE, WEIGHTS, load_bundle
-from pretrain.checkpoints import seal
+from pretrain.bundles.bundle import problems as bundle_problems
 from pretrain.checkpoints.checkpoint import PROGRESS
 from pretrain.data.manifest import INDEX_FILE, read_manifest, verify_folder
 from pretrain.engine.state import INDEX
@@ -74,7 +74,7 @@ def examine_data(folder: Path) -> list[Finding]:
 
 def examine_bundle(folder: Path) -> list[Finding]:
     """Findings about a bundle: its bits first, and what they mean only if they are as they were written."""
-    problems = [str(folder / problem) for problem in seal.verify(folder, step_in_name=False)]
+    problems = [str(folder / problem) for problem in bundle_problems(folder)]
     problems = problems or tensor_problems(folder / WEIGHTS)
     if problems:
         return [bad(problem) for problem in problems]

@@ -18,7 +18,7 @@ from tests.pretrain.runs import write_config, write_text
 
 CASES, QUICK = 500, 60
 # What people may edit or a running job appends to: no seal, see the docstring of `verify`.
-OPEN = {"config.yaml", "env.json", "events.jsonl", "lock"}
+OPEN = {"config.yaml", "env.json", "events.jsonl", "lock", "README.md"}
 
 
 @pytest.fixture(scope="module")

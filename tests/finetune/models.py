@@ -27,5 +27,5 @@ def some_sources(lengths: tuple[int, ...] = (3, 8, 5, 5, 12), vocab: int = 40, s
     return [np.array([IDS.bos, *rng.integers(5, vocab, size=n), IDS.eos]) for n in lengths]
 
 
-def pack(sources: list[np.ndarray]) -> SourceRows:
-    return SourceRows.pack(sources)
+def pack(sources: list[np.ndarray], numbers: list[int] | None = None) -> SourceRows:
+    return SourceRows.pack(sources, numbers)

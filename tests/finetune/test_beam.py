@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.decoding import BeamOptions, beam_search
+from finetune.decoding import ArDecoding, beam_search
 from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder, pack_streams
 from pretrain.models.incremental import StreamName
@@ -43,7 +43,7 @@ def test_a_wide_beam_is_exhaustive_search(start: Layout, stream: StreamName, pen
     model, layout = tiny_model(vocab=8), ArLayout.aligned(start, IDS)
     sources = some_sources((2, 4, 3), vocab=8)
     found = beam_search(
-        model, pack(sources), layout, stream, BeamOptions(beam=200, length_penalty=penalty, max_length=5)
+        model, pack(sources), layout, stream, ArDecoding(beam=200, length_penalty=penalty, max_length=5)
     )
     for source, tokens, score in zip(sources, found.tokens, found.scores, strict=True):
         scored = {}
@@ -61,7 +61,7 @@ def test_a_beam_of_one_is_greedy(start: Layout, stream: StreamName) -> None:
     model, layout = tiny_model(), ArLayout.aligned(start, IDS)
     favour_eos(model)
     sources = some_sources()
-    found = beam_search(model, pack(sources), layout, stream, BeamOptions(beam=1, max_length=12))
+    found = beam_search(model, pack(sources), layout, stream, ArDecoding(beam=1, max_length=12))
     ended = 0
     for source, tokens in zip(sources, found.tokens, strict=True):
         text: list[int] = []
@@ -84,7 +84,7 @@ def test_special_tokens_are_never_written_even_when_likeliest() -> None:
     model.head.bias_V[list(SPECIAL)] = 50.0
     model.head.bias_V[IDS.eos] = 0.0
     found = beam_search(
-        model, pack(some_sources()), ArLayout.aligned("bos_first", IDS), "query", BeamOptions(max_length=10)
+        model, pack(some_sources()), ArLayout.aligned("bos_first", IDS), "query", ArDecoding(max_length=10)
     )
     assert not any(set(SPECIAL) & set(tokens.tolist()) for tokens in found.tokens)
 
@@ -93,7 +93,7 @@ def test_special_tokens_are_never_written_even_when_likeliest() -> None:
 def test_other_sentences_and_their_order_do_not_matter(start: Layout, stream: StreamName) -> None:
     model, layout, sources = tiny_model(seed=4), ArLayout.aligned(start, IDS), some_sources()
     favour_eos(model)
-    options = BeamOptions(beam=3, max_length=14)
+    options = ArDecoding(beam=3, max_length=14)
     together = beam_search(model, pack(sources), layout, stream, options)
     backwards = beam_search(model, pack(sources[::-1]), layout, stream, options)
     assert len({len(tokens) for tokens in together.tokens}) > 1
@@ -107,16 +107,16 @@ def test_it_takes_no_reference_and_leaves_the_model_as_it_was() -> None:
     assert list(inspect.signature(beam_search).parameters) == ["model", "source", "layout", "stream", "options"]
     model = tiny_model().train()
     layout = ArLayout.aligned("bos_first", IDS)
-    first = beam_search(model, pack(some_sources()), layout, "query", BeamOptions(max_length=6))
-    again = beam_search(model, pack(some_sources()), layout, "query", BeamOptions(max_length=6))
+    first = beam_search(model, pack(some_sources()), layout, "query", ArDecoding(max_length=6))
+    again = beam_search(model, pack(some_sources()), layout, "query", ArDecoding(max_length=6))
     assert model.training  # dropout was off inside all the same
     assert [t.tolist() for t in first.tokens] == [t.tolist() for t in again.tokens]
 
 
 def test_edges() -> None:
     model, layout = tiny_model(), ArLayout.aligned("bos_first", IDS)
-    assert beam_search(model, pack([]), layout, "query", BeamOptions()).tokens == []
-    shortest = beam_search(model, pack(some_sources()), layout, "query", BeamOptions(max_length=3))
+    assert beam_search(model, pack([]), layout, "query", ArDecoding()).tokens == []
+    shortest = beam_search(model, pack(some_sources()), layout, "query", ArDecoding(max_length=3))
     assert all(len(tokens) <= 1 for tokens in shortest.tokens)
     with pytest.raises(ConfigError, match="64 positions, got 65"):
-        beam_search(model, pack(some_sources()), layout, "query", BeamOptions(max_length=65))
+        beam_search(model, pack(some_sources()), layout, "query", ArDecoding(max_length=65))

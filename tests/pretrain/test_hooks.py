@@ -22,9 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from pretrain.errors import Requeue
-from pretrain.hooks import Save, Signals, Skips, StopOnSignal, TextSamples, Validation
+from pretrain.hooks import Save, Skips, StopOnSignal, TextSamples, Validation
 from pretrain.loop import Progress, StepReport
 from pretrain.objectives import Preview
+from pretrain.signals import Signals
 from pretrain.watch.console import Console, Meter, clock, short
 from pretrain.watch.tensorboard import TensorBoard, plain
 

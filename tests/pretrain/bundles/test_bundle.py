@@ -61,8 +61,8 @@ def test_round_trip(layout, shape, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(read.model.state_dict()[name], value), name
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
-        "config.json", "generation_config.json", "golden.safetensors", "manifest.json", "model.safetensors",
-        "provenance.json", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "golden.safetensors", "manifest.json",
+        "model.safetensors", "provenance.json", "tokenizer.json",
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["b"], "nothing is left beside it"
 
