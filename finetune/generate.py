@@ -13,7 +13,7 @@ import torch
 
 from finetune import runners
 from finetune.corpus import enclose
-from finetune.decoding import Exits, Generated
+from finetune.decoding import Drafts, Exits, Generated
 from finetune.runners import Runner
 from finetune.runners.exits import trained_with
 from finetune.tasks import one_line
@@ -26,8 +26,14 @@ from pretrain.errors import DataError, UsageError
 from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.rows import to_device
 
-# What a bundle must be able to do for each --mode; plain BART writes left to right on its content stream.
-NEEDS = {"ar": ("ar", "causal"), "nar": ("nar",), "hard_exit": ("hard_exit",), "soft_exit": ("soft_exit",)}
+# Of which modes a bundle must have one for each --mode; plain BART writes left to right on its content stream.
+NEEDS = {
+    "ar": ("ar", "causal"),
+    "nar": ("nar",),
+    "hard_exit": ("hard_exit",),
+    "soft_exit": ("soft_exit",),
+    "draft": ("ar",),
+}
 STANDARD = "-"
 
 
@@ -37,7 +43,7 @@ class Written:
 
     texts: one line each. passes: decoder passes of each batch. seconds: encoding and decoding, without tokenisation.
     cut: sources shortened to `max_source` tokens. repeats: tokens that `dedup` removed. exits: where tokens left the
-    decoder, if they did so early.
+    decoder, if they did so early. drafts: how much of what was drafted was right, if anything was.
     """
 
     texts: list[str]
@@ -47,6 +53,7 @@ class Written:
     cut: int = 0
     repeats: int = 0
     exits: Exits | None = None
+    drafts: Drafts | None = None
 
     def report(self) -> str:
         """One line for people: passes, speed and whatever was done to the texts."""
@@ -55,6 +62,7 @@ class Written:
         notes = f", {self.cut} sources cut to {self.max_source} tokens" if self.cut else ""
         notes += f", dedup removed {self.repeats} tokens" if self.repeats else ""
         notes += f", {self.exits.report()}" if self.exits else ""
+        notes += f", {self.drafts.report()}" if self.drafts else ""
         return (
             f"{lines} sentences in {len(self.passes)} batch(es), {passes} decoder passes a batch, "
             f"{lines / self.seconds:.1f} sentences/s, {1000 * self.seconds / lines:.2f} ms a sentence{notes}"
@@ -80,6 +88,7 @@ def write_texts(
     rows = [enclose(tokens[: max_source - 2], ids) for tokens in encoded]
     texts, passes, seconds, repeats = [""] * len(rows), [], 0.0, 0
     exits: Exits | None = None
+    drafts: Drafts | None = None
     for batch in batches([len(row) for row in rows], batch_tokens):
         source = to_device(SourceRows.pack([rows[index] for index in batch]), device)
         started = time.perf_counter()
@@ -88,12 +97,14 @@ def write_texts(
         passes.append(made.passes)
         if made.exits:
             exits = made.exits if exits is None else exits + made.exits
+        if made.drafts:
+            drafts = made.drafts if drafts is None else drafts + made.drafts
         for index, tokens in zip(batch, made.tokens, strict=True):
             kept = without_repeats(tokens) if dedup else tokens
             repeats += len(tokens) - len(kept)
             texts[index] = one_line(tokenizer.decode(kept))
     cut = sum(len(tokens) > max_source - 2 for tokens in encoded)
-    return Written(texts, passes, seconds, max_source, cut, repeats, exits)
+    return Written(texts, passes, seconds, max_source, cut, repeats, exits, drafts)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -154,6 +165,11 @@ def generate(
 def check_mode(description: Description, bundle_path: str, mode: str, options: Mapping[str, Any]) -> None:
     """Raises UsageError if the bundle cannot write in `mode` with these options of its decoder."""
     modes = description.modes
+    if mode == "draft" and not {"ar", "nar"} <= set(modes):
+        raise UsageError(
+            f"`--mode` draft needs a bundle with modes ar and nar, `{bundle_path}` has {', '.join(modes)}: NAR drafts "
+            "what AR verifies; `python -m finetune train` with `runner.name=draft` trains both"
+        )
     if not set(NEEDS[mode]) & set(modes):
         wanted = " or ".join(NEEDS[mode])
         raise UsageError(f"`--mode` {mode} needs a bundle with mode {wanted}, `{bundle_path}` has {', '.join(modes)}")

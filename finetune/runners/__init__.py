@@ -5,6 +5,7 @@ from typing import Any
 
 from finetune.runners.ar import Ar, ArOptions
 from finetune.runners.base import Runner, with_modes
+from finetune.runners.draft import Draft, DraftOptions
 from finetune.runners.hard_exit import HardExitRunner, HardExitRunnerOptions
 from finetune.runners.nar import Nar, NarOptions
 from finetune.runners.soft_exit import SoftExit, SoftExitRunnerOptions
@@ -16,6 +17,7 @@ __all__ = ["REGISTRY", "Runner", "build", "with_modes"]
 REGISTRY: dict[str, tuple[type[Section], Callable[..., Runner]]] = {
     "ar": (ArOptions, Ar),
     "nar": (NarOptions, Nar),
+    "draft": (DraftOptions, Draft),
     "hard_exit": (HardExitRunnerOptions, HardExitRunner),
     "soft_exit": (SoftExitRunnerOptions, SoftExit),
 }
