@@ -20,6 +20,7 @@ OPTIONS = {
     "nar": ("iterations", "length_beam", "length_choice", "early_stop", "max_length"),
     "hard_exit": ("threshold", "rows", "test_layers", "max_length"),
     "soft_exit": ("max_length",),
+    "draft": ("block", "compare", "max_length"),
 }
 
 
@@ -103,6 +104,15 @@ def _generate(commands: Commands) -> None:
     leaving.add_argument("--threshold", type=float, metavar="D", help="nats: a token leaves where its entropy is below")
     leaving.add_argument("--rows", choices=("fixed", "predicted"), help="as many as --max-length, or as predicted")
     leaving.add_argument("--test-layers", type=_layers, metavar="N,..", help="layers after which tokens may leave")
+    drafting = parser.add_argument_group(
+        "with --mode draft, the text of --mode ar --beam 1; for bundles with ar and nar"
+    )
+    drafting.add_argument(
+        "--block", type=int, metavar="N", help="tokens drafted at once, and verified in the next pass"
+    )
+    drafting.add_argument(
+        "--compare", action="store_true", default=None, help="write by greedy search too: speed-up, texts that differ"
+    )
     parser.set_defaults(run=_run_generate)
 
 

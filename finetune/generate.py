@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from finetune.corpus import enclose
-from finetune.decoding import Exits, Generated
+from finetune.decoding import Drafts, Exits, Generated
 from finetune.runners import Runner
 from finetune.runners.exits import trained_with
 from finetune.tasks import one_line
@@ -21,8 +21,14 @@ from pretrain.errors import UsageError
 from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.rows import to_device
 
-# What a bundle must be able to do for each --mode; plain BART writes left to right on its content stream.
-NEEDS = {"ar": ("ar", "causal"), "nar": ("nar",), "hard_exit": ("hard_exit",), "soft_exit": ("soft_exit",)}
+# Of which modes a bundle must have one for each --mode; plain BART writes left to right on its content stream.
+NEEDS = {
+    "ar": ("ar", "causal"),
+    "nar": ("nar",),
+    "hard_exit": ("hard_exit",),
+    "soft_exit": ("soft_exit",),
+    "draft": ("ar",),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Written:
     texts: one line each, `n_best` of each source one behind the other. scores: what the decoder ranks each by, see
     there. sentences: number of sources. passes: how many batches took so many decoder passes. seconds: encoding and
     decoding, without tokenisation. cut: sources shortened to `max_source` tokens. repeats: tokens that `dedup` removed.
-    exits: where tokens left the decoder, if they did so early.
+    exits: where tokens left the decoder, if they did so early. drafts: how much of what was drafted was
+    right, if anything was.
     """
 
     texts: list[str]
@@ -42,6 +49,7 @@ class Written:
     cut: int = 0
     repeats: int = 0
     exits: Exits | None = None
+    drafts: Drafts | None = None
     sentences: int = 0
     scores: list[float] = field(default_factory=list)
     n_best: int = 1
@@ -56,6 +64,7 @@ class Written:
             self.cut + other.cut,
             self.repeats + other.repeats,
             self.exits + other.exits if self.exits and other.exits else self.exits or other.exits,
+            self.drafts + other.drafts if self.drafts and other.drafts else self.drafts or other.drafts,
             self.sentences + other.sentences,
             n_best=self.n_best,
         )
@@ -67,6 +76,7 @@ class Written:
         notes = f", {self.cut} sources cut to {self.max_source} tokens" if self.cut else ""
         notes += f", dedup removed {self.repeats} tokens" if self.repeats else ""
         notes += f", {self.exits.report()}" if self.exits else ""
+        notes += f", {self.drafts.report()}" if self.drafts else ""
         return (
             f"{lines} sentences in {self.passes.total()} batch(es), {passes} decoder passes a batch, "
             f"{lines / self.seconds:.1f} sentences/s, {1000 * self.seconds / lines:.2f} ms a sentence{notes}"
@@ -96,6 +106,7 @@ def write_texts(
     found: list[list[tuple[str, float]]] = [[] for _ in rows]
     passes, seconds, repeats, n_best = Counter[int](), 0.0, 0, 1
     exits: Exits | None = None
+    drafts: Drafts | None = None
     for batch in batches([len(row) for row in rows], batch_tokens):
         source = to_device(
             SourceRows.pack([rows[index] for index in batch], [first + index for index in batch]), device
@@ -106,6 +117,8 @@ def write_texts(
         passes[made.passes] += 1
         if made.exits:
             exits = made.exits if exits is None else exits + made.exits
+        if made.drafts:
+            drafts = made.drafts if drafts is None else drafts + made.drafts
         n_best = made.n_best
         owners = [index for index in batch for _ in range(n_best)]
         for index, tokens, score in zip(owners, made.tokens, made.scores, strict=True):
@@ -117,7 +130,7 @@ def write_texts(
     cut = sum(len(tokens) > max_source - 2 for tokens in encoded)
     flat = [one for several in found for one in several]
     texts, scores = [text for text, _ in flat], [score for _, score in flat]
-    return Written(texts, passes, seconds, max_source, cut, repeats, exits, len(rows), scores, n_best)
+    return Written(texts, passes, seconds, max_source, cut, repeats, exits, drafts, len(rows), scores, n_best)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -138,6 +151,11 @@ def without_repeats(tokens: np.ndarray) -> np.ndarray:
 def check_mode(description: Description, bundle_path: str, mode: str, options: Mapping[str, Any]) -> None:
     """Raises UsageError if the bundle cannot write in `mode` with these options of its decoder."""
     modes = description.modes
+    if mode == "draft" and not {"ar", "nar"} <= set(modes):
+        raise UsageError(
+            f"`--mode` draft needs a bundle with modes ar and nar, `{bundle_path}` has {', '.join(modes)}: NAR drafts "
+            "what AR verifies; `python -m finetune train` with `runner.name=draft` trains both"
+        )
     if not set(NEEDS[mode]) & set(modes):
         wanted = " or ".join(NEEDS[mode])
         raise UsageError(f"`--mode` {mode} needs a bundle with mode {wanted}, `{bundle_path}` has {', '.join(modes)}")

@@ -22,13 +22,14 @@ class Generated:
 
     tokens: int64 [N] per text, without BOS and EOS. scores: what the decoder ranks hypotheses by (see there).
     passes: how often the decoder ran over this batch. exits: where tokens left the decoder, if they did so early.
-    n_best: texts of each source, one behind the other.
+    drafts: how much of what was drafted was right, if anything was. n_best: texts of each source, one behind the other.
     """
 
     tokens: list[np.ndarray]
     scores: list[float]
     passes: int
     exits: "Exits | None" = None
+    drafts: "Drafts | None" = None
     n_best: int = 1
 
 
@@ -61,6 +62,50 @@ class Exits:
         """The same for people."""
         shares = " ".join(f"{number}: {100 * share:.0f} %" for number, share in enumerate(self.shares, start=1))
         return f"mean exit layer {self.mean:.2f} ({shares})"
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """How far drafted blocks agreed with greedy search, and what that saved.
+
+    accepted: number of blocks of which 0, 1, .. N tokens were accepted. tokens: written, EOS counted. passes: over each
+    text, added up; greedy search takes one a token. compared: seconds of drafting, seconds of greedy search, and texts
+    that differ, where both were run.
+    """
+
+    accepted: tuple[int, ...]
+    tokens: int
+    passes: int
+    compared: tuple[float, float, int] | None = None
+
+    def __add__(self, other: "Drafts") -> "Drafts":
+        accepted = tuple(a + b for a, b in zip(self.accepted, other.accepted, strict=True))
+        compared = None
+        if self.compared and other.compared:
+            (a, b, c), (d, e, f) = self.compared, other.compared
+            compared = a + d, b + e, c + f
+        return Drafts(accepted, self.tokens + other.tokens, self.passes + other.passes, compared)
+
+    @property
+    def mean(self) -> float:
+        """Mean accepted length of a block."""
+        return sum(number * count for number, count in enumerate(self.accepted)) / max(1, sum(self.accepted))
+
+    def report(self) -> str:
+        """The same for people."""
+        blocks = max(1, sum(self.accepted))
+        shares = " ".join(f"{number}: {100 * count / blocks:.0f} %" for number, count in enumerate(self.accepted))
+        told = (
+            f"{self.tokens / max(1, self.passes):.2f} tokens a pass where greedy search writes 1, "
+            f"accepted {self.mean:.2f} of {len(self.accepted) - 1} drafted ({shares})"
+        )
+        if self.compared is None:
+            return told
+        drafting, greedy, differ = self.compared
+        return (
+            f"{told}, {greedy / drafting:.2f} times as fast as greedy search ({drafting:.2f} s, {greedy:.2f} s), "
+            f"{differ} texts differ"
+        )
 
 
 def check_length(model: EncoderDecoder, max_length: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from finetune.runners.ar import Ar, ArOptions
 from finetune.runners.base import Runner, with_modes
+from finetune.runners.draft import Draft, DraftOptions
 from finetune.runners.hard_exit import HardExitRunner, HardExitRunnerOptions
 from finetune.runners.janus import Janus, JanusRunnerOptions
 from finetune.runners.nar import Nar, NarOptions
@@ -18,6 +19,7 @@ REGISTRY: dict[str, tuple[type[Section], Callable[..., Runner]]] = {
     "ar": (ArOptions, Ar),
     "nar": (NarOptions, Nar),
     "janus": (JanusRunnerOptions, Janus),
+    "draft": (DraftOptions, Draft),
     "hard_exit": (HardExitRunnerOptions, HardExitRunner),
     "soft_exit": (SoftExitRunnerOptions, SoftExit),
 }

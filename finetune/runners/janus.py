@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from finetune.decoding import BeamOptions, Generated, MaskPredictOptions
+from finetune.decoding import ArDecoding, Generated, MaskPredictOptions
 from finetune.runners.ar import Ar, ArOptions
 from finetune.runners.base import Runner, with_modes
 from finetune.runners.nar import Nar, NarOptions
@@ -29,7 +29,7 @@ class BothWeights(JanusWeights):
 class BothDecodings(Section):
     """Of generation in validation, in each way."""
 
-    ar: BeamOptions = BeamOptions()
+    ar: ArDecoding = ArDecoding()
     nar: MaskPredictOptions = MaskPredictOptions()
 
 
