@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import tasks
-from finetune.config import TuneConfig
+from finetune.config import TuneConfig, with_presets
 from finetune.tasks import Pair
 from pretrain import config, rng
 from pretrain.bundles.bundle import check_replaceable, write_bundle
@@ -55,7 +55,8 @@ def begin(
     """
     if (tokenizer is None) == (train_vocab is None):
         raise ConfigError("give exactly one of `--tokenizer` and `--train-tokenizer`")
-    settings = config.load(TuneConfig, config_path, [one for one in overrides if not one.startswith(MODEL)])
+    given = with_presets([one for one in overrides if not one.startswith(MODEL)])
+    settings = config.load(TuneConfig, config_path, given)
     shape = config.load(ModelFile, model_path, [one for one in overrides if one.startswith(MODEL)]).model
     folder = Path(settings.bundle if out is None else out)
     check_replaceable(folder)
