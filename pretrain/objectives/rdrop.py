@@ -1,7 +1,7 @@
 """NAR and AUX on two dropout copies of every sample, tied by R-Drop: how the JANUS repository tunes.
 
 Each sample is encoded and decoded twice with dropout of its own, and each pattern is asked to predict the same with
-both (SYSTEMS: released criterion of fine-tuning; Liang et al. 2021). Tokens are hidden uniformly, as in CMLM.
+both (the repository's `janus_trans_loss.py`; Liang et al. 2021). Tokens are hidden uniformly, as in CMLM.
 
 Terms: nar, aux (cross-entropy over both copies), kl_nar, kl_aux (half the sum of both directions between the copies of
 a pattern), length (over both copies).

@@ -262,6 +262,8 @@ def _steps(run: Path) -> int:
         raise CheckpointError(f"`{run}` must be the folder of a run, it has no {runs.CONFIG}")
     try:
         train = read_yaml(run / runs.CONFIG).get("train")
+        if isinstance(train, dict):  # tuning has keys of its own
+            train = {key: value for key, value in train.items() if key in TrainConfig.model_fields}
         return configuration.validate(TrainConfig, train, where="train").steps
     except ConfigError as error:
         raise CheckpointError(f"`{run / runs.CONFIG}` is damaged: {error}") from None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import runners, tasks
+from finetune import runners, selection, tasks
 from finetune.config import PRESETS, TuneConfig, with_presets
 from finetune.train import build_runner, complete_options
 from pretrain.bundles.bundle import Bundle
@@ -34,7 +34,8 @@ def test_every_task_has_a_configuration_for_every_runner() -> None:
 def test_shipped_configuration(path: Path) -> None:
     settings = complete_options(load(TuneConfig, path))
     assert settings.name == f"{path.parent.name}-{path.stem}".replace("_", "-")
-    assert tasks.build(settings.task).name == settings.task["name"] == path.parent.name.replace("_", "-")
+    task = tasks.build(settings.task)
+    assert task.name == settings.task["name"] == path.parent.name.replace("_", "-")
     assert settings.runner["name"] == path.stem or path.stem not in RUNNERS
     kinds: list[tuple[Layout, tuple[Mode, ...]]]
     kinds = [("bos_first", ("ar", "nar")), ("eos_first", ("causal",)), ("bos_first", ("nar",))]
@@ -43,9 +44,11 @@ def test_shipped_configuration(path: Path) -> None:
         about = Description(model.config, IDS, ArLayout.aligned(layout, IDS), modes, {})
         runner = build_runner(settings, Bundle(model, about, None, {}, None))  # type: ignore[arg-type]
         assert build(runner.objective, IDS, None, runner.model).modes[0] == runner.modes[0]
+        selection.check(settings.train, task.metrics, runners.ways(settings.runner["name"], runner), validated=True)
     # What is written in validation may be as long as what is trained, and no longer.
-    longest = settings.runner["decoding"]["max_length"] or settings.runner["rows"] + 1
-    assert longest == settings.max_target
+    decoding = settings.runner["decoding"]
+    for section in [decoding[mode] for mode in ("ar", "nar") if mode in decoding] or [decoding]:
+        assert (section["max_length"] or settings.runner["rows"] + 1) == settings.max_target
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: "/".join(path.parts[-2:]))

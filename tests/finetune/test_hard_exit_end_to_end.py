@@ -53,7 +53,7 @@ def test_what_was_pre_trained_travels(place: Path) -> None:
     start, tuned = load_bundle(place / "lplm").description, load_bundle(place / "runs" / "all" / "bundle").description
     assert start.modes == tuned.modes == ("hard_exit",) and not tuned.length_trained
     assert tuned.objective["first_row"] == "bos" and tuned.objective["rows"] == 11
-    assert (place / "runs" / "all" / "samples" / "step_000003.txt").read_text(encoding="utf-8").count("written") == 3
+    assert (place / "runs" / "all" / "samples" / "step_000003.txt").read_text(encoding="utf-8").count("target") == 3
 
 
 def test_simulated_exits_and_predicted_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
