@@ -21,6 +21,7 @@ TINY = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "heads": 2, "ff
 ON_A_CPU = ["engine.precision=fp32", "batch.samples=4", "data.workers=0", *NARROW[3:]]
 ON_A_CPU += [f"model.{key}={value}" for key, value in TINY.items()]
 FEW_UPDATES = ["train.steps=2", "train.validate_every=0", "train.sample_every=0", "batch.samples=4"]
+SELECTING = [*FEW_UPDATES[:2], "train.sample_every=1", "train.save_every=1", "scored=null", "shown=2"]
 SMALLER = {
     "configs/pretrain/janus_base.yaml": ON_A_CPU,
     "configs/pretrain/quickstart.yaml": ["train.steps=2", "train.save_every=2", "batch.tokens=256", *NARROW],
@@ -30,6 +31,7 @@ SMALLER = {
     "configs/finetune/stdlib_summaries/nar.yaml": ["train.steps=2", "train.validate_every=0", "train.sample_every=0"],
     "configs/finetune/stdlib_summaries/hard_exit.yaml": FEW_UPDATES,
     "configs/finetune/stdlib_summaries/soft_exit.yaml": FEW_UPDATES,
+    "configs/finetune/stdlib_summaries/janus.yaml": SELECTING,
 }
 
 
