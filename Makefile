@@ -23,7 +23,7 @@ check: install          ## style, types, layers
 	$(VENV)/bin/lint-imports
 
 test: install           ## everything that fits a laptop
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m "not slow and not gpu"
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m "not slow and not gpu" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: install      ## minutes long
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow

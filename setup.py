@@ -33,6 +33,7 @@ INSTALL = [
 DEVELOP = [
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
+    "pytest-xdist>=3.5,<4",
     "hypothesis>=6.100,<7",
     "ruff>=0.6,<1",
     "mypy>=1.11,<3",
