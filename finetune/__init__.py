@@ -1,9 +1,11 @@
 """From a hand-off bundle to a tuned model, texts and scores. Imports `pretrain`, never the other way round.
 
-from finetune import load
+    from finetune import load
 
-writer = load("runs/stdlib-summaries-ar/bundle")
-texts = writer.generate(["Some source.", "Another one."], mode="ar", beam=5, n_best=2)
+    writer = load("runs/stdlib-summaries-ar/bundle")
+    texts = writer.generate(["Some source.", "Another one."], mode="ar", beam=5, n_best=2)
+
+Options are those of `python -m finetune generate`.
 """
 
 from pathlib import Path

@@ -11,12 +11,10 @@ from pretrain import command_line
 from pretrain.command_line import Commands
 from pretrain.errors import UsageError
 
+SAMPLING = ("sample", "temperature", "top_k", "seed")
 # Decoder options that each mode takes; they are named like the arguments.
 OPTIONS = {
-    "ar": (
-        *("beam", "length_penalty", "no_repeat_ngram", "n_best", "sample", "temperature", "top_k", "seed"),
-        "max_length",
-    ),
+    "ar": ("beam", "length_penalty", "no_repeat_ngram", "n_best", *SAMPLING, "max_length"),
     "nar": ("iterations", "length_beam", "length_choice", "early_stop", "max_length"),
     "hard_exit": ("threshold", "rows", "test_layers", "max_length"),
     "soft_exit": ("max_length",),
@@ -84,13 +82,15 @@ def _generate(commands: Commands) -> None:
     parser.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="source tokens of a batch at most")
     parser.add_argument("--dedup", action="store_true", help="leave out a token equal to the one before it; reported")
     parser.add_argument("--scores", action="store_true", help="lines of source number, score and text, tabs between")
-    parser.add_argument("--restart", action="store_true", help="leave what was written of OUTPUT, and begin anew")
+    parser.add_argument("--restart", action="store_true", help="throw away what an earlier call left, begin anew")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     left_to_right = parser.add_argument_group("with --mode ar")
     left_to_right.add_argument("--beam", type=int, metavar="B", help="hypotheses; 1 is greedy")
     left_to_right.add_argument("--length-penalty", type=float, metavar="P", help="score = log-probability / length**P")
     left_to_right.add_argument("--no-repeat-ngram", type=int, metavar="N", help="no N tokens come twice in a text")
-    left_to_right.add_argument("--n-best", type=int, metavar="N", help="lines a source, best first; N <= --beam")
+    left_to_right.add_argument(
+        "--n-best", type=int, metavar="N", help="lines a source, best first, N <= --beam; or samples"
+    )
     left_to_right.add_argument("--sample", action="store_true", default=None, help="draw tokens in place of a beam")
     left_to_right.add_argument("--temperature", type=float, metavar="T", help="of --sample; below 1 is surer")
     left_to_right.add_argument("--top-k", type=int, metavar="K", help="--sample only among the K likeliest tokens")

@@ -35,7 +35,7 @@ class ArDecoding(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> "ArDecoding":
-        """What a search does not read is refused there, and the other way round. A complete section holds defaults."""
+        """Refuses what would not be read; defaults pass, because a section that was saved in full holds them all."""
         for name in ("beam",) if self.sample else ("temperature", "top_k", "seed"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"`{name}` must not be given {'with' if self.sample else 'without'} `sample`")

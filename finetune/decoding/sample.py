@@ -59,9 +59,8 @@ def sample(
             score_N += logits_NV.gather(1, token_N[:, None])[:, 0] - total_N
             ends_N = token_N == model.ids.eos
             ended = ends_N.cpu().numpy()
-            for n, text, score in zip(
-                open_N[ended], history_NT[ends_N].cpu().numpy(), score_N[ends_N].tolist(), strict=True
-            ):
+            finished = history_NT[ends_N].cpu().numpy(), score_N[ends_N].tolist()
+            for n, text, score in zip(open_N[ended], *finished, strict=True):
                 texts[n], scores[n] = text[1:].copy(), score / step**options.length_penalty
             kept_N = (~ends_N).nonzero()[:, 0]
             if not len(kept_N):

@@ -115,11 +115,8 @@ def _stage(stage: Mapping[str, Any]) -> dict[str, str]:
     config, environment = _mapping(stage.get("config")), _mapping(stage.get("environment"))
     objective = _mapping(config.get("objective") or config.get("runner"))
     optim, packages = _mapping(config.get("optim")), _mapping(environment.get("packages"))
-    batch = [
-        f"{value} {key}"
-        for key, value in _mapping(config.get("batch")).items()
-        if key in ("samples", "tokens") and value
-    ]
+    sizes = {key: _mapping(config.get("batch")).get(key) for key in ("samples", "tokens")}
+    batch = [f"{_plain(value)} {key}" for key, value in sizes.items() if value]
     told = {
         "run": stage.get("run"),
         "objective": objective.get("name"),
@@ -130,7 +127,7 @@ def _stage(stage: Mapping[str, Any]) -> dict[str, str]:
         "target tokens": stage.get("tokens"),
         "batch": ", ".join(batch),
         "peak learning rate": optim.get("lr"),
-        "seed": config.get("seed"),
+        "seed": str(config.get("seed", "")),
         "precision": _mapping(config.get("engine")).get("precision"),
         "device": environment.get("device"),
         "ranks": environment.get("ranks"),

@@ -23,12 +23,14 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "
 PAIRS = [(f"{a} {b} {c}", f"{c} {a}") for a in WORDS[:6] for b in WORDS[3:9] for c in WORDS[6:]]
 
 
-def bundle_at(folder: Path, modes: tuple[Mode, ...], layout: Layout, seed: int = 0, trained: bool = True) -> Path:
+def bundle_at(
+    folder: Path, modes: tuple[Mode, ...], layout: Layout, seed: int = 0, trained: bool = True, init_std: float = 0.02
+) -> Path:
     tokenizer: TextTokenizer = train_bpe([" ".join(pair) for pair in PAIRS], 300)
     ids = SpecialIds(tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask, tokenizer.unk)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn_dim=32,
-        max_positions=64, length_classes=32,
+        max_positions=64, length_classes=32, init_std=init_std,
     )  # fmt: skip
     torch.manual_seed(seed)
     weights = EncoderDecoder(config, ids).state_dict()

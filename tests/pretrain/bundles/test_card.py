@@ -26,7 +26,7 @@ PRETRAINED = {
     "samples": 1234567,
     "tokens": 987654321,
     "config": {
-        "seed": 7, "objective": {"name": "janus", "preset": "paper"}, "init_from": "bundles/bart",
+        "seed": 7000, "objective": {"name": "janus", "preset": "paper"}, "init_from": "bundles/bart",
         "optim": {"lr": 1e-4}, "batch": {"samples": None, "tokens": 65536, "micro_max_tokens": 4096},
         "engine": {"precision": "bf16"},
     },
@@ -81,8 +81,12 @@ def test_a_tuned_bundle_tells_its_whole_past() -> None:
     training = {row[0]: row[1:] for row in rows(told["Training"])}
     assert training[""] == ["pre-training", "tuning"]
     assert training["updates"] == ["54,200", "300"] and training["target tokens"] == ["987,654,321", ""]
-    assert training["objective"] == ["janus", "nar"] and training["preset"] == ["paper", ""]
-    assert training["batch"] == ["65536 tokens", "64 samples"] and training["peak learning rate"] == [
+    assert (
+        training["seed"] == ["7000", ""]
+        and training["objective"] == ["janus", "nar"]
+        and training["preset"] == ["paper", ""]
+    )
+    assert training["batch"] == ["65,536 tokens", "64 samples"] and training["peak learning rate"] == [
         "0.0001",
         "0.0003",
     ]
