@@ -58,8 +58,8 @@ def test_every_row_of_a_pass_reads_what_its_pattern_grants(start: Layout, offset
         state.keep(np.arange(3), kept)
         texts = np.array([0, 2])  # one has ended
         more = rng.integers(5, 40, size=(2, 3))
-        queries, windows = state.step(texts, torch.from_numpy(more))
-        assert windows.shape == (2, 3, block, 16)
+        found = state.step(texts, torch.from_numpy(more))
+        assert found.shape == (2, 3, block + 1, 16)
         for row, text in enumerate(texts):
             content = np.concatenate([fed[text][: kept[text]], more[row]])
             memory = model.encode(pack([sources[text]]))
@@ -69,7 +69,7 @@ def test_every_row_of_a_pass_reads_what_its_pattern_grants(start: Layout, offset
             streams[0].tokens = content  # what was fed, whatever the layout begins with
             packed, _, _ = pack_streams(streams, len(memory))
             expected = model.decode(packed, memory)[-3:]
-            torch.testing.assert_close(queries[row], expected, rtol=0, atol=1e-10)
+            torch.testing.assert_close(found[row, :, 0], expected, rtol=0, atol=1e-10)
             for i in range(3):
                 seen = kept[text] + i + 1
                 tokens = np.append(content[:seen], [IDS.mask] * (block + 1))
@@ -79,7 +79,7 @@ def test_every_row_of_a_pass_reads_what_its_pattern_grants(start: Layout, offset
                 positions, used = np.append(np.arange(seen), ahead), (seen + 1, seen + 1 + block)
                 stream = Stream(tokens, positions, segments, whole, used, tokens[:block], 0)
                 packed, _, _ = pack_streams([stream], len(memory))
-                torch.testing.assert_close(windows[row, i], model.decode(packed, memory), rtol=0, atol=1e-10)
+                torch.testing.assert_close(found[row, i, 1:], model.decode(packed, memory), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("start", "offset"), LAYOUTS)
@@ -125,12 +125,12 @@ def test_where_nothing_depends_on_the_text_every_draft_is_right(block: int) -> N
     model.head.bias_V[IDS.eos] = -50.0
     found = draft(model, pack(sources), ALIGNED, DraftDecoding(block=block, max_length=32))
     assert_same(found, greedy(model, pack(sources), ALIGNED, 32))
-    # 30 tokens and a forced EOS; the first pass writes one of them, each other block + 1. EOS is never drafted.
+    # 30 tokens and an EOS, which is drafted where no place is left; the first pass writes one, the others block + 1.
     whole, rest = divmod(30, block + 1)
     accepted = [0] * (block + 1)
     accepted[block] = 5 * whole
     if rest:
-        accepted[rest - 1] = 5
+        accepted[rest] += 5
     assert found.passes == 1 + whole + bool(rest)
     assert found.drafts == Drafts(tuple(accepted), 5 * 31, 5 * found.passes)
 
