@@ -18,7 +18,7 @@ from pretrain.checkpoints.commit import disk_errors
 
 EDGE, LEFT, LINE = 10, 44, 15  # margins, and the height of a line of text
 DARK, LIGHT = (0, 52, 98), (233, 226, 190)  # ends of a bar's parts, as in cividis: luminance alone tells them apart
-BARS = 0.66  # share of its room that a bar takes
+BARS, WIDEST = 0.66, 72  # share of its room that a bar takes, and its largest width
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Panel:
 class Curve:
     """Points (x, y) of a `Plane`, joined in their order.
 
-    look: number of its colour and marker; curves that belong together share one. labels: beside the points.
+    name: in the legend; without one it has no place there. look: number of its colour and marker; curves that belong
+    together share one. labels: beside the points. marked: at each point, else at the last alone.
     """
 
     name: str
@@ -72,8 +73,11 @@ def draw(panels: Sequence[Panel | Plane], path: Path) -> None:
     with disk_errors(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.tmp")
-        image.save(unfinished, format="PNG", dpi=(72 * PIXELS, 72 * PIXELS))
-        unfinished.replace(path)
+        try:
+            image.save(unfinished, format="PNG", dpi=(72 * PIXELS, 72 * PIXELS))
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def _panel(tile: Tile, panel: Panel) -> None:
@@ -101,13 +105,14 @@ def _panel(tile: Tile, panel: Panel) -> None:
             _curve(tile, [(x, up(value)) for x, value in zip(centres, line, strict=True)], look)
             continue
         for index, (x, value) in enumerate(zip(centres, line, strict=True)):
-            tile.bar(x - step * BARS / 2, up(base[index] + value), x + step * BARS / 2, up(base[index]), look)
+            half = min(step * BARS, WIDEST) / 2
+            tile.bar(x - half, up(base[index] + value), x + half, up(base[index]), look)
             base[index] += value
 
 
 def _plane(tile: Tile, plane: Plane) -> None:
-    looks = [Look.series(curve.look, curve.dashed, curve.marked) for curve in plane.curves]
-    legend = [(curve.name, look) for curve, look in zip(plane.curves, looks, strict=True)]
+    looks = [Look.series(one.look, one.dashed, one.marked, len(one.points) > 1) for one in plane.curves]
+    legend = [(curve.name, look) for curve, look in zip(plane.curves, looks, strict=True) if curve.name]
     x0, x1 = LEFT, WIDTH - 2 * EDGE
     y0, y1 = _frame(tile, plane.title, plane.y_label, legend, 2 * LINE + 6)
     points = [point for curve in plane.curves for point in curve.points]
@@ -121,7 +126,7 @@ def _plane(tile: Tile, plane: Plane) -> None:
     placed = [[(along(x), up(y)) for x, y in curve.points] for curve in plane.curves]
     for spots, look in zip(placed, looks, strict=True):
         _curve(tile, spots, look)
-    tile.keep_clear([spot for spots, look in zip(placed, looks, strict=True) if look.marked for spot in spots])
+    tile.keep_clear([spot for spots in placed for spot in spots])
     for curve, spots in zip(plane.curves, placed, strict=True):
         for spot, label in zip(spots, curve.labels, strict=False):
             tile.label(spot, label, (x0, y1, x1, y0))
@@ -164,6 +169,5 @@ def _curve(tile: Tile, spots: Sequence[tuple[float, float]], look: Look) -> None
         tile.line([one, two], look.colour, look.width)
     if look.dashed:
         tile.dashes(spots, look.colour, look.width)
-    if look.marked or len(spots) == 1:
-        for spot in spots:
-            tile.marker(spot, look)
+    for spot in spots if look.marked else spots[-1:]:
+        tile.marker(spot, look)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 ROUND = (1.0, 2.0, 2.5, 5.0, 10.0)
-MOST_TICKS = 6
-FEWEST_DECADES = 1.6  # of a logarithmic axis on which powers of ten alone are enough
+MOST_TICKS, FEWEST_TICKS = 6, 3
+# Ticks of each power of ten on a logarithmic axis; the first that are enough are taken.
+FACTORS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0))
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,14 @@ def linear(values: Sequence[float]) -> Scale:
 def logarithmic(values: Sequence[float]) -> Scale:
     """An axis that holds the positive `values`, a little wider than they are."""
     low, high = min(values) / 1.3, max(values) * 1.3
-    wide = math.log10(high / low) > FEWEST_DECADES
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    inside = [f * 10.0**d for d in decades for f in ((1, 3) if wide else (1, 2, 5)) if low <= f * 10.0**d <= high]
-    return Scale(low, high, tuple((value, f"{value:,.10g}") for value in inside), log=True)
+    for factors in FACTORS:
+        ticks = [factor * 10.0**decade for decade in decades for factor in factors]
+        inside = tuple((tick, f"{tick:,.10g}") for tick in ticks if low <= tick <= high)
+        if len(inside) >= FEWEST_TICKS:
+            return Scale(low, high, inside, log=True)
+    between = tuple((value, text) for value, text in linear([low, high]).ticks if low <= value <= high)
+    return Scale(low, high, between, log=True)
 
 
 def _step(least: float) -> float:

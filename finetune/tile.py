@@ -34,19 +34,20 @@ RADIUS, DASH, GAP = 3.4, 5.0, 3.0
 
 @dataclass(frozen=True)
 class Look:
-    """How a series is drawn. marker: number in `MARKERS`; None: a part of bars."""
+    """How a series is drawn. marker: number in `MARKERS`; None: a part of bars. joined: more than one point."""
 
     colour: Colour
     marker: int | None = None
     dashed: bool = False
     marked: bool = True
+    joined: bool = True
     width: float = 1.6
 
     @classmethod
-    def series(cls, number: int, dashed: bool = False, marked: bool = True) -> "Look":
+    def series(cls, number: int, dashed: bool = False, marked: bool = True, joined: bool = True) -> "Look":
         """Of the `number`-th series: the first 49 all differ."""
         marker = (number + number // len(COLOURS)) % len(MARKERS)
-        return cls(COLOURS[number % len(COLOURS)], marker, dashed, marked)
+        return cls(COLOURS[number % len(COLOURS)], marker, dashed, marked, joined)
 
     @classmethod
     def part(cls, number: int, of: int, dark: Colour, light: Colour) -> "Look":
@@ -150,9 +151,9 @@ class Tile:
             self.pen.rectangle([v * self.scale for v in (x + 5, y - 4, end, y + 4)], None, INK, self.scale // 2)
         else:
             draw = self.dashes if look.dashed else self.line
-            draw([(x, y), (end, y)], look.colour, look.width)
-            if look.marked:
-                self.marker(((x + end) / 2, y), look)
+            if look.joined:
+                draw([(x, y), (end, y)], look.colour, look.width)
+            self.marker(((x + end) / 2, y), look)
         self.text((x + self.SAMPLE, y), name, anchor="lm")
         return x + self.SAMPLE + self.width(name)
 

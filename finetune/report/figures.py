@@ -18,14 +18,16 @@ def looks(measured: Sequence[Measured]) -> dict[Series, int]:
 def quality(measured: Sequence[Measured], metric: str) -> list[Panel | Plane]:
     """Quality against latency; by iterations, where there are some; where tokens left, if they did early."""
     numbers = looks(measured)
-    unit = unit_of(metric)
+    unit = f"{metric}, {unit_of(metric)}"
     latency = "ms a sentence, batch 1: median"
     curves = []
     for series, number in numbers.items():
         mine = [one for one in measured if _series(one) == series]
         points = [(one.milliseconds, one.scores.values[metric]) for one in mine]
         curves.append(Curve(_named(series, measured), points, number, [_short(one) for one in mine]))
-    panels: list[Panel | Plane] = [Plane(f"{metric} against latency", latency, unit, curves, log_x=True)]
+    panels: list[Panel | Plane] = [
+        Plane(f"{metric} against latency (better: up, left)", latency, unit, curves, log_x=True)
+    ]
     iterated = {series: [one for one in measured if _series(one) == series] for series in numbers if series[1] == "nar"}
     if any(len(mine) > 1 for mine in iterated.values()):
         for name in (metric, "repetition"):
@@ -69,11 +71,10 @@ def training(records: Sequence[Record], measured: Sequence[Measured], metric: st
             panels.append(Plane(f"validation {metric} against {along}", along, unit_of(metric), curves))
     for record in records:
         seen, held = record.losses(LOSS), record.losses(VALID)
-        terms = {term: number for number, term in enumerate(dict.fromkeys([*seen, *held]))}
-        curves = [Curve(f"{term}, training", curve, terms[term], marked=False) for term, curve in seen.items()]
-        curves += [Curve(f"{term}, validation", curve, terms[term], dashed=True) for term, curve in held.items()]
+        curves = [Curve(term, curve, number, marked=False) for number, (term, curve) in enumerate(seen.items())]
+        curves += [Curve("", held[term], number, dashed=True) for number, term in enumerate(seen) if term in held]
         if curves:
-            panels.append(Plane(f"losses of {record.name}", UPDATES, "nats", curves))
+            panels.append(Plane(f"losses of {record.name}", UPDATES, "nats; dashed: validation", curves))
     return panels
 
 

@@ -92,12 +92,13 @@ def _quality(found: Findings) -> list[str]:
         times = [round_to(one.milliseconds), round_to(one.slow), *faster, f"{one.passes:.1f}"]
         rows.append([cell(one.way.record.name), one.way.name, *values, *times])
     told = (
-        f"The first {len(found.pairs):,} {found.split} pairs of the task, in one batch each. ms: encoder and decoder "
-        f"of the median sentence, 90 %: within which nine of ten were written; each sentence was written in all ways "
-        f"in turn, after {WARM_UP} for warming up. passes: decoder passes a sentence, their mean."
+        f"The first {len(found.pairs):,} {found.split} pairs of the task, each in a batch of its own; a source that "
+        "comes twice was written once. ms: encoder and decoder of the median sentence, 90 %: within which nine of ten "
+        f"were written. Each sentence was written in all ways in turn, after {WARM_UP} for warming up. passes: decoder "
+        "passes a sentence, their mean."
     )
     if judge:
-        told += f" times as fast: as {cell(_of(judge))}."
+        told += f" times as fast: as {cell(judge.way.record.name)}, {judge.way.name}."
     return [_picture(found, QUALITY, "quality against latency"), numbers(head, rows, 2), told, *_notes(found)]
 
 
@@ -118,7 +119,7 @@ def _notes(found: Findings) -> list[str]:
         cut = max(one.cut for one in found.measured if one.way.record is record)
         if cut:
             longest = next(one.way.writer for one in found.measured if one.way.record is record).description
-            notes.append(f"{cell(record.name)} cut {cut:,} sources to {longest.longest_source:,} tokens.")
+            notes.append(f"{cell(record.name)} cut {cut:,} of these sources to {longest.longest_source:,} tokens.")
     return notes
 
 
@@ -154,8 +155,9 @@ def _training(found: Findings) -> list[str]:
     }
     rows = [[name, *(tell(record) for record in found.records)] for name, tell in lines.items()]
     told = (
-        "From events.jsonl and the bundle's provenance. Device-seconds: seconds of updates times ranks; validation, "
-        "and updates that a kill threw away, are not in them, nor is pre-training."
+        "Curves: TensorBoard (`tb` of each run). Costs: `events.jsonl` and the bundle's provenance. Device-seconds: "
+        "seconds of updates times ranks; validation, and updates that a kill threw away, are not in them, nor is "
+        "pre-training."
     )
     metric = found.metrics[0]
     level, reached = equal_quality(found.records, metric)
@@ -214,10 +216,6 @@ def _repeat(found: Findings) -> list[str]:
         table(["metric", "signature"], [[cell(name), f"`{said}`".replace("|", "\\|")] for name, said in
                                         signatures.items()]),
     ]  # fmt: skip
-
-
-def _of(one: Measured) -> str:
-    return f"{one.way.record.name}, {one.way.name}"
 
 
 def _picture(found: Findings, name: str, words: str) -> str:
