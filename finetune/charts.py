@@ -126,7 +126,9 @@ def _plane(tile: Tile, plane: Plane) -> None:
     placed = [[(along(x), up(y)) for x, y in curve.points] for curve in plane.curves]
     for spots, look in zip(placed, looks, strict=True):
         _curve(tile, spots, look)
-    tile.keep_clear([spot for spots in placed for spot in spots])
+    for curve, spots in zip(plane.curves, placed, strict=True):
+        if curve.labels:
+            tile.keep_clear(spots)
     for curve, spots in zip(plane.curves, placed, strict=True):
         for spot, label in zip(spots, curve.labels, strict=False):
             tile.label(spot, label, (x0, y1, x1, y0))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 ROUND = (1.0, 2.0, 2.5, 5.0, 10.0)
-MOST_TICKS, FEWEST_TICKS = 6, 3
+MOST_TICKS, FEWEST_TICKS = 6, 4
 # Ticks of each power of ten on a logarithmic axis; the first that are enough are taken.
 FACTORS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0))
 

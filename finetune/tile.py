@@ -158,8 +158,12 @@ class Tile:
         return x + self.SAMPLE + self.width(name)
 
     def keep_clear(self, spots: Sequence[Spot]) -> None:
-        """No label is to cover the markers at `spots`."""
+        """No label is to cover the markers at `spots`, nor, where that can be helped, the line that joins them."""
         self.taken += [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in spots]
+        for (x0, y0), (x1, y1) in pairwise(spots):
+            parts = int(hypot(x1 - x0, y1 - y0) / RADIUS)
+            between = [(x0 + (x1 - x0) * n / parts, y0 + (y1 - y0) * n / parts) for n in range(1, parts)]
+            self.taken += [(x - 0.5, y - 0.5, x + 0.5, y + 0.5) for x, y in between]
 
     def label(self, spot: Spot, text: str, within: Box) -> None:
         """Writes `text` beside a marker, where it covers least of the markers and labels that are there."""

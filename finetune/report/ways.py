@@ -16,6 +16,7 @@ from finetune.runners.hard_exit import HardExitRunner
 from finetune.writer import Writer
 from pretrain.bundles.bundle import content_sha256
 from pretrain.config import complete
+from pretrain.errors import UsageError
 
 BEAMS, ITERATIONS = (1, 5), (0, 1, 4, 10)  # of the tables of JANUS and of mask-predict
 # Of a run's own options of writing, those that `generate` takes. What a mode is measured at is not among them.
@@ -76,10 +77,16 @@ class Way:
 
 
 def ways_of(record: Record, writer: Writer, beams: Sequence[int], iterations: Sequence[int]) -> list[Way]:
-    """Every way of a run, of one mode beside each other; raises ConfigError where an option is out of range.
+    """Every way of a run, of one mode beside each other.
 
     The rest of a mode's options is as the run has it in `runner.decoding`.
+
+    Raises:
+        ConfigError: an option is out of range. UsageError: the bundle cannot write yet.
     """
+    if not writer.modes:
+        modes = ", ".join(writer.description.modes)
+        raise UsageError(f"`{record.bundle}` must be able to write, with modes {modes} it cannot: tune it further")
     sha256 = content_sha256(record.bundle)
     found = []
     for mode in writer.modes:

@@ -63,7 +63,8 @@ def test_labels_cover_neither_each_other_nor_markers_where_there_is_room(places:
     spots = [(60 + 60 * round(5 * x), 60 + 30 * round(6 * y)) for x, y in places]
     spots = list(dict.fromkeys(spots))
     tile = Tile()
-    tile.keep_clear(spots)
+    for spot in spots:
+        tile.keep_clear([spot])
     for spot in spots:
         tile.label(spot, "beam 5", (0, 0, WIDTH, HEIGHT))
     boxes = tile.taken
