@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line.run(
         "finetune",
         "Tune a hand-off bundle for a task, write texts with it, score them.",
-        (_begin, _train, _generate, _score, _sweep_threshold, _stats),
+        (_begin, _train, _generate, _score, _sweep_threshold, _stats, _report),
         arguments,
     )
 
@@ -202,6 +202,31 @@ def _run_stats(given: argparse.Namespace) -> None:
     from finetune.stats import stats
 
     stats(given.task, given.overrides, given.json)
+
+
+def _report(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "report", help="a page with pictures about tuning runs: scores, latency, losses, exits, cost, samples"
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a tuning run that has its bundle")
+    parser.add_argument("--out", default="runs/report", metavar="FOLDER", help="report.md, its pictures, the texts")
+    parser.add_argument("--sentences", type=int, default=100, metavar="N", help="write the first N pairs")
+    parser.add_argument("--shown", type=int, default=8, metavar="N", help="of these are shown side by side")
+    parser.add_argument("--split", choices=("test", "valid"), default="test", help="which pairs")
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 5], metavar="B", help="of --mode ar")
+    parser.add_argument("--iterations", type=int, nargs="+", default=[0, 1, 4, 10], metavar="K", help="of --mode nar")
+    parser.add_argument("--metrics", metavar="A,B,..", help="score by these, not by those of the task")
+    parser.add_argument("--restart", action="store_true", help="write again what an earlier call has written")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(given: argparse.Namespace) -> None:
+    from finetune.report.command import report
+
+    numbers = given.sentences, given.shown, given.split, given.beams, given.iterations
+    metrics = given.metrics.split(",") if given.metrics else []
+    report(given.runs, given.out, *numbers, given.device, given.restart, metrics)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,11 @@ def read_description(path: str | Path) -> tuple[Description, TextTokenizer]:
         raise CheckpointError(str(error)) from None
 
 
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """Where a bundle says it comes from; raises CheckpointError where that is missing or broken."""
+    return _read_json(Path(path) / PROVENANCE)
+
+
 def content_sha256(path: str | Path) -> str:
     """What tells one bundle from another without reading its weights: configuration, tokenizer and golden logits."""
     hashes = (sha256_of(Path(path) / name) for name in (CONFIG, TOKENIZER_FILE, GOLDEN))

@@ -90,7 +90,7 @@ def read_status(run: Path, now: float) -> Status:
     Raises:
         CheckpointError: it is no run, or one that never started.
     """
-    steps, events = _steps(run), _events(run)
+    steps, events = _steps(run), whole_events(run)
     try:
         by, otherwise = holder(run), "killed"
     except NoLocks:
@@ -269,7 +269,7 @@ def _steps(run: Path) -> int:
         raise CheckpointError(f"`{run / runs.CONFIG}` is damaged: {error}") from None
 
 
-def _events(run: Path) -> list[dict[str, Any]]:
+def whole_events(run: Path) -> list[dict[str, Any]]:
     """The events that are whole; raises CheckpointError where there is none yet."""
     kinds = {"event": str, "step": int, "time": float}
     events = [
