@@ -5,6 +5,7 @@ The model has BART-base's shape. `writing.py` shows more ways to write, and batc
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from harness import Row, medians
 from twins import Twins
@@ -54,7 +55,7 @@ def ct2_rows() -> list[Row]:
 
 def _their_beams() -> list[Callable[[], object]]:
     one = BASE.sources()
-    return [lambda a=a: BASE.their_beam(one, BEAM, a) for a in ATTENTIONS]
+    return [partial(BASE.their_beam, one, BEAM, attention) for attention in ATTENTIONS]
 
 
 def _peer(seconds: list[float]) -> str:

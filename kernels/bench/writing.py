@@ -21,7 +21,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,11 +66,11 @@ def ar_ways(twins: Twins, source: SourceRows) -> Iterator[Way]:
     for beam in BEAMS:
         name = f"AR, beam {beam}"
         ours, theirs = check_beam(twins, source, beam)
-        yield Way(model, THEIRS, name, lambda beam=beam: twins.their_beam(source, beam), theirs)
-        yield Way(model, OURS, name, lambda beam=beam: twins.our_beam(source, beam), ours)
+        yield Way(model, THEIRS, name, partial(twins.their_beam, source, beam), theirs)
+        yield Way(model, OURS, name, partial(twins.our_beam, source, beam), ours)
         if twins.translator is not None:
             agreed = check_ct2(twins, source, beam)
-            yield Way(model, CT2, name, lambda beam=beam: twins.ct2_words(source, beam), agreed)
+            yield Way(model, CT2, name, partial(twins.ct2_words, source, beam), agreed)
 
 
 def janus_ways(twins: Twins, source: SourceRows) -> Iterator[Way]:
@@ -78,18 +78,17 @@ def janus_ways(twins: Twins, source: SourceRows) -> Iterator[Way]:
     model = name_of(twins.config)
     for beam in BEAMS:
         agreed = check_query(twins, source, beam)
-        write = lambda beam=beam: twins.our_beam(source, beam, "query")  # noqa: E731
-        yield Way(model, OURS, f"JANUS AR, beam {beam}", write, agreed)
+        yield Way(model, OURS, f"JANUS AR, beam {beam}", partial(twins.our_beam, source, beam, "query"), agreed)
     for right in (False, True):
         layout = twins.layout if right else replace(twins.layout, query_position_offset=1)
         options = ArDecoding(beam=1, max_length=twins.tokens)
         greedy = beam_search(_blind(twins), source, layout, "query", options)
         agreed = check_draft(drafted(twins, layout, source), greedy, right)
-        write = lambda layout=layout: drafted(twins, layout, source)  # noqa: E731
-        yield Way(model, OURS, f"JANUS AR, drafts {'right' if right else 'wrong'}", write, agreed)
+        told = "right" if right else "wrong"
+        yield Way(model, OURS, f"JANUS AR, drafts {told}", partial(drafted, twins, layout, source), agreed)
     for count in ITERATIONS:
         agreed = check_pass(twins, source, count)
-        yield Way(model, OURS, f"NAR, {count} iterations", lambda count=count: twins.our_pass(source, count), agreed)
+        yield Way(model, OURS, f"NAR, {count} iterations", partial(twins.our_pass, source, count), agreed)
 
 
 def exit_ways(twins: Twins, source: SourceRows) -> Iterator[Way]:
@@ -103,9 +102,8 @@ def exit_ways(twins: Twins, source: SourceRows) -> Iterator[Way]:
     ]
     for told, threshold, layers in ends:
         agreed = check_hard(twins, source, threshold, layers)
-        write = lambda threshold=threshold, layers=layers: hard(twins, source, threshold, layers)  # noqa: E731
-        yield Way(model, OURS, f"hard exit, {told}", write, agreed)
-    yield Way(model, OURS, "soft exit", lambda: soft(twins, source), check_soft(twins, source))
+        yield Way(model, OURS, f"hard exit, {told}", partial(hard, twins, source, threshold, layers), agreed)
+    yield Way(model, OURS, "soft exit", partial(soft, twins, source), check_soft(twins, source))
 
 
 def drafted(twins: Twins, layout: ArLayout, source: SourceRows) -> Generated:
@@ -145,13 +143,13 @@ def measure(every: Sequence[Twins], batch: int, repeats: int) -> list[dict[str, 
     ways = [way for twins in every for way in ar_ways(twins, twins.sources(batch))]
     ways += [*janus_ways(base, base.sources(batch)), *exit_ways(base, base.sources(batch))]
     encoders = {
-        (name_of(twins.config), by): lambda twins=twins, by=by: encode(twins, by, twins.sources(batch))
+        (name_of(twins.config), by): partial(encode, twins, by, twins.sources(batch))
         for twins in every
         for by in (OURS, THEIRS, CT2)[: 3 if twins.translator is not None else 2]
     }
     for run in encoders.values():  # the check was the warm-up of the others
         run()
-    runs = [*(way.write for way in ways), *encoders.values()]
+    runs: list[Callable[[], object]] = [*(way.write for way in ways), *encoders.values()]
     seconds = medians([_finished(run, base.device) for run in runs], repeats, warmup=0)
     encoding = dict(zip(encoders, seconds[len(ways) :], strict=True))
     whole = {way[:3]: value for way, value in zip(ways, seconds, strict=False)}
@@ -210,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, nargs="+", default=None, help="sentences at once; default 1 8")
     parser.add_argument("--source", type=int, default=64, help="tokens of a source")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of a text")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of a text")
     parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken")
     parser.add_argument("--threads", type=int, help="of torch and of CTranslate2; default torch's")
     parser.add_argument("--small", action="store_true", help="a model, texts and batches that take seconds")
@@ -218,8 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     source, tokens, repeats = (12, 12, 1) if given.small else (given.source, given.tokens, given.repeats)
     batches = given.batch or ([1, 3] if given.small else [1, 8])
-    if min(source, tokens) < 4 or min(repeats, *batches) < 1:
-        parser.error("`--source` and `--tokens` must be at least 4, `--batch` and `--repeats` at least 1")
+    if min(source, tokens) < 4 or min(repeats, 1 if given.threads is None else given.threads, *batches) < 1:
+        parser.error("`--source` and `--tokens` must be at least 4, `--batch`, `--repeats` and `--threads` at least 1")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("`--device cuda` needs a GPU, torch finds none")
     try:
@@ -228,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if max(source, tokens + 3) > min(config.max_positions, config.length_classes):
         parser.error("`--source` and `--tokens` + 3 must be at most `max_positions` and `length_classes`")
-    if given.threads:
+    if given.threads is not None:
         torch.set_num_threads(given.threads)
     deep = config.model_copy(update={"encoder_layers": 2 * config.encoder_layers, "decoder_layers": 1})
     every = [Twins(one, tokens, source, given.device) for one in (config, deep)]

@@ -66,6 +66,18 @@ def test_the_small_size_fills_the_table(
     assert f"threads {torch.get_num_threads()}" in printed and printed.count("\n") == len(rows) + 2
 
 
+def test_the_rows_of_make_bench_come_from_the_same_twins(writing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    latency, exits = sys.modules["latency"], sys.modules["exit_latency"]
+    base = writing.Twins(writing.CONFIG.model_copy(update={**writing.SMALL, "decoder_layers": 3}), 8, 8)
+    for module in (latency, exits):
+        monkeypatch.setattr(module, "BASE", base)
+        monkeypatch.setattr(module, "REPEATS", 1)
+    rows = [latency.nar_row(), latency.ar_row(), *latency.ct2_rows(), *exits.rows()]
+    assert [row.name for row in rows[:4]] == ["nar_latency", "ar_latency", "ct2_latency", "exit_latency"]
+    assert all(row.ratio > 0 for row in rows) and len(rows) == 8
+    assert "same 8 token ids" in rows[0].detail and "same 6 token ids and score" in rows[1].detail
+
+
 def other_token(made: Generated) -> Generated:
     """The same texts but for the last token of the last."""
     tokens = [line.copy() for line in made.tokens]
