@@ -46,6 +46,8 @@ BEAMS, ITERATIONS = (1, 5), (0, 1, 4, 10)
 OURS, THEIRS, CT2 = "parlance", "transformers", "ctranslate2"
 SMALL: dict[str, Any] = {"vocab_size": 512, "d_model": 64, "heads": 4, "ffn_dim": 128}
 SMALL |= {"encoder_layers": 2, "decoder_layers": 2}
+USUAL: dict[str, Any] = {"batch": [1, 8], "source": 64, "tokens": 32, "repeats": 3}
+FEW: dict[str, Any] = {"batch": [1, 3], "source": 12, "tokens": 12, "repeats": 1}
 PACKAGES = ("torch", "transformers", "ctranslate2")
 YARDSTICK = (THEIRS, "AR, beam 5")  # of the first model
 
@@ -206,16 +208,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Every way to write, timed side by side")
     parser.add_argument("model", nargs="*", metavar="KEY=VALUE", help="fields of the model; default BART-base")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch", type=int, nargs="+", default=None, help="sentences at once; default 1 8")
-    parser.add_argument("--source", type=int, default=64, help="tokens of a source")
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens of a text")
-    parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken")
+    parser.add_argument("--batch", type=int, nargs="+", help="sentences at once; default 1 and 8")
+    parser.add_argument("--source", type=int, help="tokens of a source; default 64")
+    parser.add_argument("--tokens", type=int, help="new tokens of a text; default 32")
+    parser.add_argument("--repeats", type=int, help="of which the median is taken; default 3")
     parser.add_argument("--threads", type=int, help="of torch and of CTranslate2; default torch's")
     parser.add_argument("--small", action="store_true", help="a model, texts and batches that take seconds")
     parser.add_argument("--out", type=Path, help="default results/writing_DEVICE.json here; none with --small")
     given = parser.parse_args(arguments)
-    source, tokens, repeats = (12, 12, 1) if given.small else (given.source, given.tokens, given.repeats)
-    batches = given.batch or ([1, 3] if given.small else [1, 8])
+    for name, usual in (FEW if given.small else USUAL).items():
+        if getattr(given, name) is None:
+            setattr(given, name, usual)
+    batches, source, tokens, repeats = given.batch, given.source, given.tokens, given.repeats
     if min(source, tokens) < 4 or min(repeats, 1 if given.threads is None else given.threads, *batches) < 1:
         parser.error("`--source` and `--tokens` must be at least 4, `--batch`, `--repeats` and `--threads` at least 1")
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -224,8 +228,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = _config({**CONFIG.model_dump(), **(SMALL if given.small else {})}, given.model)
     except ConfigError as error:
         parser.error(str(error))
-    if max(source, tokens + 3) > min(config.max_positions, config.length_classes):
-        parser.error("`--source` and `--tokens` + 3 must be at most `max_positions` and `length_classes`")
+    if config.decoder_layers < 2:
+        parser.error(f"`decoder_layers` must be at least 2, or nothing can leave early, got {config.decoder_layers}")
+    most = min(config.max_positions, config.length_classes) - 3
+    if source > config.max_positions or tokens > most:
+        parser.error(f"`--source` must be at most {config.max_positions} and `--tokens` {most}: the model has no more")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     deep = config.model_copy(update={"encoder_layers": 2 * config.encoder_layers, "decoder_layers": 1})

@@ -40,9 +40,10 @@ def test_the_small_size_fills_the_table(
     writing: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "writing.json"
-    assert writing.main(["--small", "--batch", "2", "--out", str(out)]) == 0
+    assert writing.main(["--small", "--batch", "2", "--source", "9", "--out", str(out)]) == 0
     told = json.loads(out.read_text(encoding="utf-8"))
-    assert told["settings"]["threads"] == torch.get_num_threads() and told["settings"]["model"]["vocab_size"] == 512
+    assert (told["settings"]["source"], told["settings"]["threads"]) == (9, torch.get_num_threads())
+    assert told["settings"]["model"]["vocab_size"] == 512
     rows = {(row["model"], row["by"], row["way"]): row for row in told["rows"]}
     assert len(rows) == len(told["rows"])
     for model in ("2+2", "4+1"):
@@ -184,8 +185,11 @@ def test_one_text_of_sixteen_may_be_a_tie(writing: ModuleType) -> None:
     [
         (["d_modle=64"], "did you mean `d_model`"),
         (["d_model"], "must look like key=value"),
+        (["decoder_layers=1"], "`decoder_layers` must be at least 2"),
         (["--batch", "0"], "at least 1"),
-        (["--tokens", "300"], "`length_classes`"),
+        (["--threads", "0"], "at least 1"),
+        (["--tokens", "254"], "`--tokens` 253"),
+        (["--source", "1025"], "at most 1024"),
     ],
 )
 def test_what_cannot_be_is_told(
