@@ -15,7 +15,6 @@ sys.path[:0] = [str(BENCH), str(BENCH.parent.parent)]
 
 import attention  # noqa: E402
 import data  # noqa: E402
-import drafts  # noqa: E402
 import exit_latency  # noqa: E402
 import exits  # noqa: E402
 import latency  # noqa: E402
@@ -37,7 +36,6 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "ar_latency": lambda: [latency.ar_row()],
     "ct2_latency": latency.ct2_rows,
     "exit_latency": exit_latency.rows,
-    "drafts": drafts.rows,
 }
 
 
