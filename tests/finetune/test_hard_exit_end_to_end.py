@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from finetune.__main__ import main
+from finetune.tile import HEIGHT, PIXELS, WIDTH
 from pretrain.__main__ import main as pretrain
 from pretrain.bundles.bundle import load_bundle
 from tests.finetune.test_end_to_end import bundle_at
@@ -114,7 +115,7 @@ def test_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[0][4:8] == ["0.0", "0.0", "100.0", "3.00"] and rows[2][4:8] == ["100.0", "0.0", "0.0", "1.00"]
     assert float(rows[2][8]) < float(rows[0][8])  # fewer operations
     with Image.open(picture) as image:
-        assert image.format == "PNG" and image.size == (760, 640)
+        assert image.format == "PNG" and image.size == (2 * WIDTH * PIXELS, 2 * HEIGHT * PIXELS)
     # references change the scores and nothing else
     (place / "other.tgt").write_text("nothing\n" * 10)
     assert main([*command, str(place / "test.src"), str(place / "other.tgt"), "--thresholds", "0", "3", "20"]) == 0

@@ -1,5 +1,6 @@
 """`report`: its texts against those of `generate`, its cache under kills, its costs by hand, refusals."""
 
+import inspect
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.tensorboard import SummaryWriter
 
 from finetune.__main__ import OPTIONS, main
+from finetune.report import command
 from finetune.report import texts as texts_module
 from finetune.report.measured import equal_quality
 from finetune.report.page import cell
@@ -66,12 +68,9 @@ def test_a_page(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     commands = [line for line in page.splitlines() if line.startswith("python -m finetune generate")]
     assert len(commands) == len(ways)
     shown = [row for row in page.splitlines() if row.startswith(("| both |", "| early |"))]
-    for (run, way), command in zip(ways, commands, strict=True):
-        words = [
-            str(tmp_path / {"FILE": "in"}.get(word, "")) if word == "FILE" else word for word in shlex.split(command)
-        ]
-        words[-1] = str(tmp_path / "written")
-        assert main([*words[3:], "--restart"]) == 0
+    for (run, way), written_by in zip(ways, commands, strict=True):
+        words = written_by.replace("--input FILE --output FILE", f"--input {tmp_path}/in --output {tmp_path}/written")
+        assert main([*shlex.split(words)[3:], "--restart"]) == 0
         written = (tmp_path / "written").read_text(encoding="utf-8").splitlines()
         values = score(written, targets, ["bleu", "rouge1", "rouge2", "rougeL", "repetition", "length_ratio"]).values
         row = next(row for row in shown if row.startswith(f"| {run} | {way} |"))
@@ -198,6 +197,16 @@ def test_a_cell_is_one_line_and_no_markup(text: str) -> None:
 
 def test_what_a_run_gives_of_its_own_is_what_generate_takes() -> None:
     assert all(set(OWN[mode]) <= set(OPTIONS[mode]) for mode in OPTIONS)
+
+
+def test_usual_options_are_those_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a page's command leaves out what it may."""
+    usual = list(inspect.signature(command.report).parameters.values())[1:]
+    given: list[Any] = []
+    monkeypatch.setattr(command, "report", lambda *arguments: given.extend(arguments))
+    assert main(["report", "some"]) == 0
+    as_tuples = [tuple(value) if isinstance(value, list) else value for value in given[1:]]
+    assert given[0] == ["some"] and as_tuples == [parameter.default for parameter in usual]
 
 
 def damaged(tuned: Path, tmp_path: Path, name: str) -> str:
