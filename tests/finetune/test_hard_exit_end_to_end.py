@@ -139,7 +139,7 @@ def test_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["sweep-threshold", "UNTUNED", "--data", "TSV"], 2, "tune the bundle first"),
         (["sweep-threshold", "JANUS", "--data", "TSV"], 2, "a bundle with mode hard_exit"),
         (["sweep-threshold", "TUNED", "--data", "IN"], 4, "must be source, a tab and target"),
-        (["sweep-threshold", "TUNED", "--data", "IN", "IN", "IN"], 3, "`--data` must be one TSV file or two"),
+        (["sweep-threshold", "TUNED", "--data", "IN", "IN", "IN"], 3, "`--data` must be one TSV or JSONL file or two"),
         (["sweep-threshold", "TUNED", "--data", "TSV", "--thresholds", "nan"], 3, "must be a finite number"),
         (["sweep-threshold", "TUNED", "--data", "TSV", "--sentences", "0"], 2, "must be at least 1, got 0"),
     ],
