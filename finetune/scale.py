@@ -38,10 +38,7 @@ def linear(values: Sequence[float]) -> Scale:
         low = 0.0
     if low == high:
         low, high = low - (abs(low) / 10 or 0.0), high + (abs(high) / 10 or 1.0)
-    step = _step((high - low) / (MOST_TICKS - 1))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9) + (round(step / 10 ** math.floor(math.log10(step)), 6) == 2.5))
-    ticks = tuple((number * step, f"{number * step:,.{digits}f}") for number in range(first, last + 1))
+    ticks = _around(low, high)
     return Scale(ticks[0][0], ticks[-1][0], ticks)
 
 
@@ -54,8 +51,16 @@ def logarithmic(values: Sequence[float]) -> Scale:
         inside = tuple((tick, f"{tick:,.10g}") for tick in ticks if low <= tick <= high)
         if len(inside) >= FEWEST_TICKS:
             return Scale(low, high, inside, log=True)
-    between = tuple((value, text) for value, text in linear([low, high]).ticks if low <= value <= high)
+    between = tuple((value, text) for value, text in _around(low, high) if low <= value <= high)
     return Scale(low, high, between, log=True)
+
+
+def _around(low: float, high: float) -> tuple[tuple[float, str], ...]:
+    """Evenly spaced round ticks from at most `low` to at least `high`, two or more of them between."""
+    step = _step((high - low) / (MOST_TICKS - 1))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9) + (round(step / 10 ** math.floor(math.log10(step)), 6) == 2.5))
+    return tuple((number * step, f"{number * step:,.{digits}f}") for number in range(first, last + 1))
 
 
 def _step(least: float) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.lives import free_port
 from tests.pretrain.bundles.test_bart import make_theirs, save
 from tests.pretrain.runs import write_text
 
@@ -50,7 +51,9 @@ def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
         words.append("--inspect")
     beside = str(Path(sys.executable).parent)
     here = {"PATH": f"{beside}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    if words[:2] == ["deepspeed", "--module"]:  # without a GPU the launcher must be told how many ranks
+    if words[0] in ("deepspeed", "torchrun"):  # another test may use the usual port at this moment
+        words[1:1] = ["--master_port", str(free_port())]
+    if words[0] == "deepspeed" and "--num_gpus" not in words:  # without a GPU it must be told how many ranks
         words[1:1] = ["--num_gpus", "1"]
     env = os.environ | here | settings
     return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)

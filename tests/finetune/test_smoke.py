@@ -32,6 +32,6 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "1 empty pairs left out" in told
     run = tmp_path / "runs" / "smoke" / "squad-qg-nar"
     assert (run / "bundle" / "model.safetensors").is_file()
-    assert (run / "samples" / "step_000002.txt").read_text(encoding="utf-8").count("written") == 2
+    assert (run / "samples" / "step_000002.txt").read_text(encoding="utf-8").count("\nnar ") == 2
     # The test set keeps its empty line, so that hypotheses stay beside their references.
     assert (run / "task" / "test.source").read_text(encoding="utf-8").split("\n")[1] == ""

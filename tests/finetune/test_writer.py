@@ -59,7 +59,7 @@ def test_it_writes_what_the_command_line_writes(place: Path, janus: Writer, mode
 
 def test_one_mode_need_not_be_named(place: Path, janus: Writer) -> None:
     bart = load(str(place / "bart"))
-    assert bart.modes == ("ar",) and janus.modes == ("ar", "nar")
+    assert bart.modes == ("ar",) and janus.modes == ("ar", "nar", "draft")
     assert load(place / "lengthless").modes == ("ar",)
     assert load(place / "elmer").modes == ("hard_exit",)
     assert bart.generate(SOURCES, max_length=9) == lines(place, "ar", [], "bart")
@@ -86,8 +86,8 @@ def test_the_number_of_a_line_and_no_other_line_decides_a_sample(janus: Writer) 
 @pytest.mark.parametrize(
     ("mode", "options", "kind", "message"),
     [
-        (None, {}, UsageError, r"`mode` must be one of ar, nar with `.*janus`, got None"),
-        ("soft", {}, UsageError, r"`mode` must be one of ar, nar with `.*janus`, got 'soft'"),
+        (None, {}, UsageError, r"`mode` must be one of ar, nar, draft with `.*janus`, got None"),
+        ("soft", {}, UsageError, r"`mode` must be one of ar, nar, draft with `.*janus`, got 'soft'"),
         ("hard_exit", {}, UsageError, "needs a bundle with mode hard_exit"),
         ("ar", {"beams": 3}, ConfigError, "did you mean `beam`"),
         ("ar", {"n_best": 5}, ConfigError, "`n_best` must be at most `beam`, 4"),
