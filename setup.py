@@ -61,7 +61,6 @@ PEERS = ["ctranslate2>=4.5,<5"]
 METEOR = ["pycocoevalcap>=1.2,<2"]
 
 
-
 def wants_kernels() -> bool:
     """Whether installing here compiles the kernels."""
     return bool(os.environ.get("PARLANCE_CUDA_ARCHS")) or Path("/proc/driver/nvidia/version").exists()

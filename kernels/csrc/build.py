@@ -1,4 +1,4 @@
-"""Compiles the CUDA sources beside it: for GPUs with nvcc, or for the CPU with g++ (host/simt.h). Standard library only.
+"""Compiles the CUDA sources beside it: for GPUs with nvcc, for the CPU with g++ (host/simt.h). Needs no package.
 
     python kernels/csrc/build.py                 parlance_kernels/libparlance_kernels.so, and what ptxas says
     PARLANCE_CUDA_ARCHS='80;90a+PTX' python ...  other targets: nvcc's numbers, +PTX embeds code for later cards, too
@@ -25,10 +25,10 @@ OBJECTS = HERE.parents[1] / "build" / "kernels"
 NAME = "libparlance_kernels.so"
 ARCHS = "80+PTX;90a"
 
-NVCC_FLAGS = "-std=c++17 -O3 -lineinfo --threads 2 -Xcompiler -fPIC,-Wall -Xptxas -v -c".split()
-LINK_FLAGS = "-shared -Xlinker --exclude-libs=ALL".split()  # torch brings a CUDA runtime of its own
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads", "2", "-Xcompiler", "-fPIC,-Wall", "-Xptxas", "-v", "-c"]
+LINK_FLAGS = ["-shared", "-Xlinker", "--exclude-libs=ALL"]  # torch brings a CUDA runtime of its own
 # Without fortification: longjmp between stacks is what fibers do.
-HOST_FLAGS = "-std=c++17 -O1 -fPIC -Wall -Wextra -U_FORTIFY_SOURCE -c -x c++".split()
+HOST_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-c", "-x", "c++"]
 
 
 class BuildError(Exception):

@@ -7,6 +7,7 @@ return a CUDA error code (kernels/csrc/README.md).
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,10 +64,14 @@ def dtype_code(x: Tensor) -> int:
     return DTYPES[x.dtype]
 
 
-def call(name: str, *args: Tensor | int | float | None) -> None:
+Argument = Tensor | ctypes.Array[Any] | int | float | None
+
+
+def call(name: str, *args: Argument) -> None:
     """Starts launcher `name` on the device and the current stream of the first tensor in `args`.
 
-    args: contiguous tensors on one device, null pointers, and numbers: an int goes as int64, a float as double.
+    args: contiguous tensors on one device, arrays on the host, None as null pointer, and numbers: an int goes as
+        int64, a float as double.
 
     Raises:
         ValueError: a tensor is not contiguous or on another device. KernelError: the launch failed.
@@ -85,11 +90,13 @@ def call(name: str, *args: Tensor | int | float | None) -> None:
     _check(library, name, launcher(*given, ctypes.c_void_p(stream)))
 
 
-def _as_c(name: str, x: Tensor | int | float | None, device: torch.device) -> ctypes._SimpleCData:
+def _as_c(name: str, x: Argument, device: torch.device) -> Any:
     if isinstance(x, Tensor):
         if not x.is_contiguous() or x.device != device:
             raise ValueError(f"{name}: tensors must be contiguous and on {device}, got {x.stride()} on {x.device}")
         return ctypes.c_void_p(x.data_ptr())
+    if isinstance(x, ctypes.Array):
+        return x
     if x is None:
         return ctypes.c_void_p(None)
     return ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int64(x)
@@ -100,7 +107,9 @@ def _check(library: ctypes.CDLL, name: str, code: int) -> None:
         return
     said = library.parlance_error(code).decode()
     if code == NO_DRIVER:
-        said = f"no NVIDIA driver here, or one older than the kernels' CUDA ({said}); `engine.backend: torch` needs none"
+        said = (
+            f"no NVIDIA driver here, or one older than the kernels' CUDA ({said}); `engine.backend: torch` needs none"
+        )
     elif code in NO_IMAGE:
         said = f"not compiled for this device ({said}); PARLANCE_CUDA_ARCHS names others for `make kernels`"
     raise KernelError(f"{name}: {said} (CUDA error {code})")
