@@ -6,6 +6,6 @@
 extern "C" const char* parlance_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 extern "C" int parlance_use_device(int64_t device) { return cudaSetDevice(static_cast<int>(device)); }
 #else
-extern "C" const char* parlance_error(int) { return simt::failure.c_str(); }
+extern "C" const char* parlance_error(int code) { return code == INVALID_VALUE ? "invalid argument" : simt::failure.c_str(); }
 extern "C" int parlance_use_device(int64_t) { return 0; }
 #endif
