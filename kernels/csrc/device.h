@@ -149,6 +149,13 @@ __device__ __forceinline__ Vector16<T> load_16(const T* from) {
     return out;
 }
 
+template <class T>
+__device__ __forceinline__ void store_16(T* to, const Vector16<T>& numbers) {
+    uint4 bits;
+    memcpy(&bits, &numbers, 16);
+    *reinterpret_cast<uint4*>(to) = bits;
+}
+
 // Of all lanes, in every lane.
 __device__ __forceinline__ float warp_sum(float x) {
     for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from parlance_kernels import SampleMask
-from parlance_kernels.vocab_loss.op import CHUNK_ROWS
+from parlance_kernels.vocab_loss.chunked import CHUNK_ROWS
 from pretrain.config import EngineConfig, ModelConfig
 from pretrain.engine.deepspeed import BUCKET
 from pretrain.engine.state import KEYS

@@ -91,7 +91,7 @@ class VocabHead(nn.Module):
         forward, because the ranks of ZeRO-3 must call it equally often however many rows they have.
         """
         if loss is not None:
-            return vocab_loss(h_LD, self.weight, bias_V=self.bias_V, **vars(loss))
+            return vocab_loss(h_LD, self.weight, bias_V=self.bias_V, **vars(loss), backend=self.backend)
         bias_V = None if self.bias_V is None else self.bias_V.to(h_LD.dtype)  # a buffer, too
         if reduction is None:
             return linear(h_LD, self.weight, bias_V)

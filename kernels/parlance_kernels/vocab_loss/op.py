@@ -1,33 +1,15 @@
-"""The fused vocabulary loss: projection, cross-entropy and symmetric KL in chunks, gradients made in the forward.
+"""The fused vocabulary loss: projection, cross-entropy and symmetric KL without the logits of the whole batch.
 
-The scale of every term is known before the forward (counts come from the batch), so the gradient of the logits
-can be formed while a chunk is at hand and the logits of the whole batch never exist. For a pair of
-distributions p, q with log-probabilities a, b and d = a - b:
-
-    J = KL(p||q) + KL(q||p) = E_p[d] - E_q[d]
-    dJ/da = p (d - E_p[d]) + p - q          dJ/db = -q (d - E_q[d]) - p + q
-
-so K streams that are compared pairwise need, per row, the K x K matrix H = p log(p)^T and two K x K mixes.
-
-The scales are means over a large batch, so in fp16 most gradients would round to zero before a loss scale could lift
-them. There every scale is multiplied by a power of two (`lift`) that brings the largest to LARGEST_FP16; sums and
-stored gradients stay lifted, and the backward divides by it in fp32, together with the upstream factor.
-
-Shapes: R rows, D width, V vocabulary, T cross-entropy terms, P tuples, K streams in a tuple, Q stream pairs,
-C tuples in a chunk.
+Shapes: R rows, D width, V vocabulary, T cross-entropy terms, P tuples, K streams in a tuple, Q stream pairs.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-CHUNK_ROWS = 288
-# The largest scale after the lift: fp16 then keeps probabilities down to 4e-9, and a KL between distributions that
-# contradict each other has a factor of thousands left until 65504.
-LARGEST_FP16 = 16.0
+from parlance_kernels.backend import resolve
+from parlance_kernels.vocab_loss import cuda
+from parlance_kernels.vocab_loss.chunked import CHUNK_ROWS, Terms, VocabLoss
 
 
 def vocab_loss(
@@ -41,7 +23,8 @@ def vocab_loss(
     kl_scale: Sequence[float] = (),
     label_smoothing: float = 0.0,
     bias_V: Tensor | None = None,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled sum of cross-entropies over rows and symmetric KLs over tuples of rows.
 
@@ -54,178 +37,23 @@ def vocab_loss(
         ce_scale: factor of each cross-entropy term in the total.
         kl_pairs, kl_scale: pairs of streams (columns of `tuple_PK`) and the factor of each symmetric KL.
         label_smoothing: mass spread uniformly over all V, the target included.
-        chunk_rows: rows whose logits exist at one time.
+        chunk_rows: rows whose logits exist at one time; None for what suits the backend.
+        backend: a name that `parlance_kernels.resolve` accepts.
 
     Returns:
         total: differentiable scalar = sum of scale * term.
         ce_T: detached sum of each cross-entropy term; kl_Q: detached sum of half the two KL directions.
+
+    Raises:
+        ValueError: the backend is unknown; or, with the kernel, more streams, terms or pairs than it takes.
     """
-    terms = _Terms(tuple(ce_scale), tuple(kl_pairs), tuple(kl_scale), label_smoothing, chunk_rows)
-    total, ce_T, kl_Q = _VocabLoss.apply(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK, terms)
+    chosen = resolve(backend)
+    if chunk_rows is None:
+        chunk_rows = cuda.CHUNK_ROWS if chosen == "cuda" and h_RD.is_cuda else CHUNK_ROWS
+    terms = Terms(tuple(ce_scale), tuple(kl_pairs), tuple(kl_scale), label_smoothing, chunk_rows)
+    total, ce_T, kl_Q = (
+        cuda.vocab_loss_op(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK, terms)
+        if chosen == "cuda"
+        else VocabLoss.apply(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK, terms)
+    )
     return total, ce_T, kl_Q
-
-
-class _Terms(NamedTuple):
-    ce_scale: tuple[float, ...]
-    kl_pairs: tuple[tuple[int, int], ...]
-    kl_scale: tuple[float, ...]
-    label_smoothing: float
-    chunk_rows: int
-
-
-class _VocabLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h_RD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        target_R: Tensor,
-        term_R: Tensor,
-        tuple_PK: Tensor,
-        terms: _Terms,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        work = _Accumulator(h_RD, weight_VD, bias_V, target_R, term_R, terms, any(ctx.needs_input_grad[:3]))
-        streams = tuple_PK.shape[1] if tuple_PK.numel() else 1
-        plain_R = torch.ones(len(h_RD), dtype=torch.bool, device=h_RD.device)
-        plain_R[tuple_PK.reshape(-1)] = False
-        if tuple_PK.numel():
-            for rows_CK in tuple_PK.split(max(1, terms.chunk_rows // streams)):
-                work.add(rows_CK, terms.kl_pairs)
-        for rows_C in plain_R.nonzero().squeeze(1).split(terms.chunk_rows):
-            work.add(rows_C[:, None], ())
-        # Not save_for_backward: these are results, to be scaled in place and handed over without a second copy.
-        ctx.made, ctx.lift = work.gradients(), work.lift
-        ce_T, kl_Q = work.ce_T, work.kl_Q
-        total = (ce_T * ce_T.new_tensor(terms.ce_scale)).sum() + (kl_Q * kl_Q.new_tensor(terms.kl_scale)).sum()
-        ctx.mark_non_differentiable(ce_T, kl_Q)
-        return total, ce_T, kl_Q
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The upstream factor (1, or a dynamic loss scale) multiplies what the forward made."""
-        made, ctx.made = ctx.made, None
-        if made is None:
-            raise RuntimeError("vocab_loss: backward must run once, its gradients are already handed over")
-        factor = grads[0] / ctx.lift
-        # In the precision of the factor, which fp16 could not hold; autograd rounds the product to what the input has.
-        scaled = [None if grad is None else grad.to(factor.dtype).mul_(factor) for grad in made]
-        wanted = [grad if needed else None for grad, needed in zip(scaled, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None, None, None, None)
-
-
-class _Accumulator:
-    """Sums and gradients over the chunks of one call."""
-
-    def __init__(
-        self,
-        h_RD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        target_R: Tensor,
-        term_R: Tensor,
-        terms: _Terms,
-        with_grad: bool,
-    ) -> None:
-        self.h_RD, self.weight_VD, self.bias_V = h_RD, weight_VD, bias_V
-        self.target_R, self.term_R, self.terms = target_R, term_R, terms
-        half = h_RD.dtype in (torch.float16, torch.bfloat16)
-        self.dtype = torch.float32 if half else h_RD.dtype
-        in_fp16 = h_RD.dtype == torch.float16
-        self.lift = _lift(terms) if in_fp16 else 1.0
-        # A gradient of the weight sums over a chunk; in fp16 it is the sum over rows that are smaller by this.
-        self.shrink = 0.5 ** math.floor(math.log2(terms.chunk_rows)) if in_fp16 else 1.0
-        self.ce_scale_T = torch.tensor([s * self.lift for s in terms.ce_scale], dtype=self.dtype, device=h_RD.device)
-        self.kl_scale = [s * self.lift for s in terms.kl_scale]
-        self.ce_T = torch.zeros_like(self.ce_scale_T)
-        self.kl_Q = self.ce_T.new_zeros(len(terms.kl_pairs))
-        self.dh_RD = torch.zeros_like(h_RD) if with_grad else None
-        self.dweight_VD = torch.zeros_like(weight_VD, dtype=self.dtype) if with_grad else None
-        self.dbias_V = torch.zeros_like(bias_V, dtype=self.dtype) if with_grad and bias_V is not None else None
-
-    def gradients(self) -> list[Tensor | None]:
-        """`lift` times d total / d (h, weight, bias), in the order of the operator's first arguments."""
-        return [self.dh_RD, self.dweight_VD, self.dbias_V]
-
-    def add(self, rows_CK: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
-        """Adds the cross-entropy of every row and the KL of every pair of columns."""
-        chunk, streams = rows_CK.shape
-        rows_N = rows_CK.reshape(-1)
-        h_ND = self.h_RD[rows_N]
-        logits_NV = h_ND @ self.weight_VD.T
-        if self.bias_V is not None:
-            logits_NV += self.bias_V
-        # One exponential serves both the normaliser and the probabilities.
-        logp_NV = logits_NV.to(self.dtype)
-        logp_NV -= logp_NV.amax(dim=1, keepdim=True)
-        p_NV = logp_NV.exp()
-        sum_N1 = p_NV.sum(dim=1, keepdim=True)
-        logp_NV -= sum_N1.log()
-        target_N1, term_N = self.target_R[rows_N, None], self.term_R[rows_N]
-        smoothing = self.terms.label_smoothing
-        ce_N = logp_NV.gather(1, target_N1).squeeze(1) * -(1.0 - smoothing)
-        if smoothing:
-            ce_N -= smoothing * logp_NV.mean(dim=1)
-        self.ce_T.index_add_(0, term_N, ce_N)
-        if self.dh_RD is None and not pairs:
-            return
-
-        p_NV /= sum_N1
-        ce_scale_N1 = self.ce_scale_T[term_N, None]
-        if pairs:
-            const_N1 = ce_scale_N1.clone()
-            grad_NV = self._pairs(p_NV, logp_NV, const_N1, chunk, streams, pairs)
-        else:
-            grad_NV = p_NV.mul_(ce_scale_N1)
-        if self.dh_RD is None or self.dweight_VD is None:
-            return
-        if smoothing:
-            grad_NV -= ce_scale_N1 * (smoothing / grad_NV.shape[1])
-        grad_NV.scatter_add_(1, target_N1, ce_scale_N1 * -(1.0 - smoothing))
-        low_NV = grad_NV.to(self.weight_VD.dtype)
-        self.dh_RD[rows_N] = low_NV @ self.weight_VD
-        if self.dweight_VD.dtype == low_NV.dtype:
-            self.dweight_VD.addmm_(low_NV.T, h_ND)
-        elif self.shrink == 1.0:
-            self.dweight_VD += low_NV.T @ h_ND
-        else:
-            self.dweight_VD.add_(low_NV.T @ (h_ND * self.shrink), alpha=1.0 / self.shrink)
-        if self.dbias_V is not None:
-            self.dbias_V += grad_NV.sum(dim=0)
-
-    def _pairs(
-        self,
-        p_NV: Tensor,
-        logp_NV: Tensor,
-        const_N1: Tensor,
-        chunk: int,
-        streams: int,
-        pairs: Sequence[tuple[int, int]],
-    ) -> Tensor:
-        """Adds the KLs; returns `lift` times d total / d logits without the target and smoothing parts."""
-        p_CKV, logp_CKV = (x.view(chunk, streams, -1) for x in (p_NV, logp_NV))
-        entropy_CKK = p_CKV @ logp_CKV.transpose(1, 2)
-        const_CK = const_N1.view(chunk, streams)
-        mix_logp_KK, mix_p_KK = (entropy_CKK.new_zeros(streams, streams) for _ in range(2))
-        for index, (a, b) in enumerate(pairs):
-            scale = 0.5 * self.kl_scale[index]
-            forward_C = entropy_CKK[:, a, a] - entropy_CKK[:, a, b]
-            backward_C = entropy_CKK[:, b, b] - entropy_CKK[:, b, a]
-            self.kl_Q[index] += 0.5 * (forward_C.sum() + backward_C.sum())
-            for one, other, expected_C in ((a, b, forward_C), (b, a, backward_C)):
-                mix_logp_KK[one, one] += scale
-                mix_logp_KK[one, other] -= scale
-                mix_p_KK[one, other] -= scale
-                const_CK[:, one] += scale * (1.0 - expected_C)
-        grad_CKV = torch.matmul(mix_logp_KK, logp_CKV).add_(const_CK[:, :, None]).mul_(p_CKV)
-        grad_CKV.baddbmm_(mix_p_KK.expand(chunk, -1, -1), p_CKV)
-        return grad_CKV.view(chunk * streams, -1)
-
-
-def _lift(terms: _Terms) -> float:
-    """The power of two that brings the largest factor a row can have to within (LARGEST_FP16 / 2, LARGEST_FP16]."""
-    largest = max(terms.ce_scale, default=0.0) + sum(terms.kl_scale)
-    if not largest:
-        return 1.0
-    exponent = math.floor(math.log2(LARGEST_FP16 / largest))
-    return 2.0 ** min(max(exponent, -64), 64)  # fp32 holds the lifted scales and the factor

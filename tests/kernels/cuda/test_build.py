@@ -18,6 +18,9 @@ REGISTERS = {  # most that any instance may use: what its blocks on a multiproce
     "exit_copy_rows": 40,
     "move_rows": 40,
     "offramp_stats": 40,
+    "vocab_loss_rows": 64,  # two blocks of 512
+    "vocab_loss_sums": 64,
+    "vocab_loss_total": 64,
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parlance_kernels import available_backends, backend, exit_copy, library, offramp_stats, resolve
+from parlance_kernels import available_backends, backend, exit_copy, library, offramp_stats, resolve, vocab_loss
 from tests.kernels.cuda.emulation import emulated
 
 
@@ -64,10 +64,12 @@ def test_a_card_and_a_library_make_the_kernels_the_choice(fresh, monkeypatch):
 def test_the_backend_decides_what_runs(fresh, monkeypatch):
     monkeypatch.setattr(backend, "available_backends", lambda: ("torch", "cuda"))
     x, rows = torch.randn(3, 4), torch.tensor([1])
+    loss = x, x, torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int64), rows[:0, None], (1.0,)
     calls = []
     for name, run in (
         ("parlance::exit_copy", lambda name: exit_copy(x, 1, x, rows, rows, False, backend=name)),
         ("parlance::offramp_stats", lambda name: offramp_stats(x, backend=name)),
+        ("parlance::vocab_loss", lambda name: vocab_loss(*loss, backend=name)),
     ):
         for chosen, times in (("torch", 0), ("cuda", 1), ("auto", 1)):
             with torch.profiler.profile() as profile:
