@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cksum setup.py pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: install kernels quickstart test check bench bench-writing test-slow goldens clean
+.PHONY: install kernels quickstart test check bench bench-writing bench-gpu test-slow test-gpu goldens clean
 
 install: $(STAMP)
 $(STAMP): setup.py pyproject.toml
@@ -28,6 +28,9 @@ test: install           ## everything that fits a laptop
 test-slow: install      ## minutes long
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow
 
+test-gpu: install kernels ## every kernel on this machine's GPU, against float64 and under compute-sanitizer
+	$(PY) -m pytest -m gpu tests/gpu
+
 bench: install          ## every figure, each after its equality check
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
 	$(PY) kernels/bench/run.py
@@ -35,6 +38,9 @@ bench: install          ## every figure, each after its equality check
 bench-writing: install  ## every way to write beside transformers and CTranslate2; ARGS='--device cuda --batch 1 128'
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
 	$(PY) kernels/bench/writing.py $(ARGS)
+
+bench-gpu: install kernels ## every figure of this machine's GPU; ARGS='--suite attn,loss,exit,step,loader,latency'
+	$(PY) kernels/bench/gpu.py $(ARGS)
 
 kernels:                ## compiles the CUDA kernels; needs nvcc, and no GPU; PARLANCE_CUDA_ARCHS='80+PTX;90a'
 	$(PYTHON) kernels/csrc/build.py

@@ -40,3 +40,4 @@ def poisoned_memory():
 
 def pytest_addoption(parser):
     parser.addoption("--update-goldens", action="store_true", help="write tests/goldens/ anew")
+    parser.addoption("--gpu-tests-on-cpu", action="store_true", help="run tests/gpu with PyTorch's operators")
