@@ -32,7 +32,8 @@ def rows(bench: Bench) -> Iterator[Row]:
                 lambda z=logits_LV: offramp_stats(z, BANNED, backend=bench.backend),
                 lambda p=product: offramp_stats(p(), BANNED, backend=bench.backend),
                 product,
-            ]
+            ],
+            ahead=True,
         )
         shape = f"{count} rows, V={vocabulary}, d={width}, bf16; {says}"
         least = 2.5 if target else None
@@ -90,5 +91,5 @@ def _copies(bench: Bench) -> Row:
         require(torch.equal(a, b), "exit_copy must copy")
     pairs = zip(run(ours), run(theirs), strict=True)
     require(all(torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in pairs), "gradients of copies must agree")
-    times = bench.times([lambda: run(theirs), lambda: run(ours)])
+    times = bench.times([lambda: run(theirs), lambda: run(ours)], ahead=True)
     return times.ratio("exit_copy: torch / ours", 0, 1, None, True, f"{count} states of {width}, forward and backward")

@@ -28,7 +28,9 @@ def rows(bench: Bench) -> Iterator[Row]:
     says = as_good("vocab_loss", few.run(few.low), few.chain(few.low), few.chain(few.exact))
     n = 4 * triplets
     detail = f"V={vocabulary}, d={width}, {triplets} triplets + {triplets} AR rows, bf16; {says}"
-    times = bench.times([lambda: all_rows.chain(all_rows.low), lambda: all_rows.run(all_rows.low), all_rows.products])
+    times = bench.times(
+        [lambda: all_rows.chain(all_rows.low), lambda: all_rows.run(all_rows.low), all_rows.products], ahead=True
+    )
     yield times.ratio("7 torch chain / vocab_loss", 0, 1, 3.0, True, detail)
     yield times.ratio("7 vocab_loss / its products alone", 1, 2, 1.2, False, detail)
     try:
@@ -38,13 +40,13 @@ def rows(bench: Bench) -> Iterator[Row]:
     except CannotRun as why:
         bench.skip("7 extra memory: torch chain / vocab_loss", why)
     for chunk in CHUNKS:
-        times = bench.times([lambda c=chunk: all_rows.run(all_rows.low, c), all_rows.products], repeats=15)
+        times = bench.times([lambda c=chunk: all_rows.run(all_rows.low, c), all_rows.products], repeats=15, ahead=True)
         yield times.ratio(f"7 with chunks of {chunk} rows / products alone", 0, 1, None, False, f"{n} rows")
     kept = cuda.THREADS
     try:
         for threads in THREADS:
             cuda.THREADS = threads
-            times = bench.times([lambda: all_rows.run(all_rows.low), all_rows.products], repeats=15)
+            times = bench.times([lambda: all_rows.run(all_rows.low), all_rows.products], repeats=15, ahead=True)
             yield times.ratio(f"7 with blocks of {threads} threads / products alone", 0, 1, None, False, f"{n} rows")
     finally:
         cuda.THREADS = kept
