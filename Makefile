@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cksum setup.py pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: install quickstart test check bench bench-writing test-slow goldens clean
+.PHONY: install quickstart test check bench bench-writing reproduce reproduce-gpu test-slow goldens clean
 
 install: $(STAMP)
 $(STAMP): setup.py pyproject.toml
@@ -35,6 +35,17 @@ bench: install          ## every figure, each after its equality check
 bench-writing: install  ## every way to write beside transformers and CTranslate2; ARGS='--device cuda --batch 1 128'
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
 	$(PY) kernels/bench/writing.py $(ARGS)
+
+# Where multi30k/, squad_qg/, wikipedia_en/ and books/ lie.
+DATA ?= $(or $(PARLANCE_TEST_DATA),../shared/data)
+STUDY = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m finetune reproduce
+
+reproduce: install      ## the papers' claims on two cores -> RESULTS.md; HOURS=3 ONLY='train/multi30k ...' DATA=DIR
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
+	$(STUDY) configs/reproduce/cpu.yaml data=$(DATA) --hours $(or $(HOURS),3) $(if $(ONLY),--only $(ONLY))
+
+reproduce-gpu: install  ## the same, larger, on a GPU -> RESULTS-gpu.md
+	$(STUDY) configs/reproduce/gpu.yaml data=$(DATA) --out RESULTS-gpu.md $(if $(HOURS),--hours $(HOURS)) $(if $(ONLY),--only $(ONLY))
 
 goldens: install        ## writes the golden curves anew: say why in the commit
 	$(PY) -m pytest --update-goldens tests/pretrain/objectives/test_golden_curves.py

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line.run(
         "finetune",
         "Tune a hand-off bundle for a task, write texts with it, score them.",
-        (_begin, _train, _generate, _score, _sweep_threshold, _stats, _report),
+        (_begin, _train, _generate, _score, _sweep_threshold, _stats, _report, _reproduce),
         arguments,
     )
 
@@ -227,6 +227,24 @@ def _run_report(given: argparse.Namespace) -> None:
     numbers = given.sentences, given.shown, given.split, given.beams, given.iterations
     metrics = given.metrics.split(",") if given.metrics else []
     report(given.runs, given.out, *numbers, given.device, given.restart, metrics)
+
+
+def _reproduce(commands: Commands) -> None:
+    parser = commands.add_parser("reproduce", help="train and score what the papers claim; killed, it goes on")
+    parser.add_argument("config", metavar="STUDY", help="YAML file: configs/reproduce/cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data=DIR or jobs=4")
+    parser.add_argument("--hours", type=float, metavar="H", help="save and stop after them; default: when all is done")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="STEP", help="beginnings of steps' names, for example train/multi30k"
+    )
+    parser.add_argument("--out", default="RESULTS.md", metavar="FILE", help="the page; default RESULTS.md")
+    parser.set_defaults(run=_run_reproduce)
+
+
+def _run_reproduce(given: argparse.Namespace) -> None:
+    from finetune.reproduce.command import reproduce
+
+    reproduce(given.config, given.overrides, given.hours, given.only, given.out)
 
 
 if __name__ == "__main__":
