@@ -8,11 +8,11 @@ from pathlib import Path
 
 from finetune.reproduce.claim import Claim, with_needs
 from finetune.reproduce.latency import speed
-from finetune.reproduce.pretrained import PretrainedPart
+from finetune.reproduce.pretrained import Pretrainings
 from finetune.reproduce.results import fill, results
 from finetune.reproduce.step import Queue, Step
 from finetune.reproduce.study import Desk, Study
-from finetune.reproduce.translation import TranslationPart
+from finetune.reproduce.translation import Translations
 from pretrain.config import load
 from pretrain.errors import DataError, ParlanceError, Requeue, UsageError
 from pretrain.runs import write_text
@@ -67,22 +67,23 @@ def reproduce(
 def claims_of(study: Study) -> Iterator[Claim]:
     """Every claim, what matters most first; a round is done for all of them before the next begins."""
     desk = Desk(study)
-    translation, pretrained = TranslationPart(desk), PretrainedPart(desk)
+    translations, pretrainings = Translations(desk), Pretrainings(desk)
     first, *others = study.seeds
+    task, *more = study.tuning.tasks
     for given in study.rounds:
-        yield translation.better_both_ways(given.translation, first, ablation=False)
-        yield translation.iterations(given.translation, first)
-        for task in study.tuning.tasks:
-            yield pretrained.three_ways(task, given)
-            yield pretrained.exits(task, given)
-            if given == study.rounds[0] and task == next(iter(study.tuning.tasks)):
-                yield speed(desk)
-                yield translation.better_both_ways(given.translation, first, ablation=True)
-        if given != study.rounds[0]:
-            yield translation.better_both_ways(given.translation, first, ablation=True)
+        yield translations.main(given.translation, first)
+        yield translations.iterations(given.translation, first)
+        yield pretrainings.three_ways(task, given)
+        yield pretrainings.exits(task, given)
+        if given == study.rounds[0]:
+            yield speed(desk)
+        yield translations.ablation(given.translation, first)
+        for other in more:
+            yield pretrainings.three_ways(other, given)
+            yield pretrainings.exits(other, given)
     for seed in others:
-        yield translation.better_both_ways(study.rounds[-1].translation, seed, ablation=False)
-        yield translation.iterations(study.rounds[-1].translation, seed)
+        yield translations.main(study.rounds[-1].translation, seed)
+        yield translations.iterations(study.rounds[-1].translation, seed)
 
 
 def _wanted(claims: Sequence[Claim], only: Sequence[str]) -> list[Step]:

@@ -1,5 +1,6 @@
 """Claims about pre-training, on Wikipedia and books: JANUS's Tables 7 and 8, ELMER's Tables 1 and 3."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,107 +18,86 @@ PAPER: dict[TaskName, dict[str, str]] = {
     "squad_qg": {"BART": "42.45", "CMLM": "41.93", "JANUS": "44.99"},
     "wiki_first_sentence": {"BART": "26.95", "CMLM": "27.60", "JANUS": "28.21"},
 }
-# (pre-trained, not): ROUGE-L of XSum.
-ELMER = {"hard exit": ("26.08", "21.96"), "soft exit": ("29.92", "24.00")}
+# {(exit, whether pre-trained): ROUGE-L of XSum}.
+HARD, SOFT = EXITS
+ELMER = {(HARD, True): "26.08", (HARD, False): "21.96", (SOFT, True): "29.92", (SOFT, False): "24.00"}
+EXIT_CLAIMS = (
+    ("soft > hard, pre-trained", (SOFT, True), (HARD, True)),
+    ("soft > hard, not pre-trained", (SOFT, False), (HARD, False)),
+    ("hard exit: pre-trained > not", (HARD, True), (HARD, False)),
+    ("soft exit: pre-trained > not", (SOFT, True), (SOFT, False)),
+)
 NOTHING = "nothing"
 
 
-class PretrainedPart:
-    """Pre-trains, hands over and tunes; one seed."""
+class Pretrainings:
+    """Pre-trains, hands over and tunes, once: seeds are for the claims about translation. A claim is of one round."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.settings = desk, desk.study.pretraining
         self.data = desk.folder / "data"
-        self._kept: dict[tuple[str, int], Step] = {}
 
     def three_ways(self, task: TaskName, given: Round) -> Claim:
         """The same tuning from BART's, CMLM's and JANUS's pre-training, and from none."""
-        rows, written, tuned = [], {}, {}
-        metrics = TASKS[task].split(",")
+        metric, second = TASKS[task].split(",")[:2]
+        columns = [(way, name) for way in WAYS for name in (metric, second, "repetition")]
+        rows, losses, scores = [], {}, {}
         for name in (NOTHING, *THREE):
-            tuned[name] = self._tune(task, "nar", THREE.get(name), given)
-            written[name] = self._write(tuned[name], task, WAYS)
-            scores = [Score(written[name][way], metric) for way in WAYS for metric in (*metrics[:2], "repetition")]
-            values: list[Value | int | str] = [self._said(given), ValidLoss(tuned[name]), *scores]
+            tuned = self._tune(task, "nar", THREE.get(name), given)
+            written = self._write(tuned, task, WAYS)
+            losses[name], scores[name] = ValidLoss(tuned), Score(written["NAR, 0 iterations"], metric)
+            values: list[Value | int | str] = [_said(given), losses[name]]
+            values += [Score(written[way], column) for way, column in columns]
             rows.append(Row(f"pre-trained: {name}", values, [PAPER[task].get(name, "-")]))
         comparisons = []
         for better, worse in (("JANUS", "CMLM"), ("CMLM", "BART"), ("JANUS", "BART")):
-            mine, theirs = (written[name]["NAR, 0 iterations"] for name in (better, worse))
-            test = self.desk.compare(f"{task}-{given.tuning}-{better}-{worse}".lower(), mine, theirs, metrics[0])
-            paper = f"{PAPER[task][better]}, {PAPER[task][worse]}"
-            comparisons.append(
-                Comparison(
-                    f"{better} > {worse}, ROUGE-L, 0 iterations ({self._said(given)})",
-                    Score(mine, metrics[0]), Score(theirs, metrics[0]), paper, test, metrics[0],
-                )
-            )  # fmt: skip
-            comparisons.append(
-                Comparison(
-                    f"{better} < {worse}, validation loss ({self._said(given)})",
-                    ValidLoss(tuned[better]), ValidLoss(tuned[worse]), "-", smaller=True,
-                )
-            )  # fmt: skip
-        shown = [f"{metric}, {way}" for way in WAYS for metric in (*metrics[:2], "repetition")]
+            name = f"{task}-{given.tuning}-{better}-{worse}".lower()
+            label, paper = f"{better} > {worse}, ROUGE-L", f"{PAPER[task][better]}, {PAPER[task][worse]}"
+            comparisons.append(self._compare(name, label, given, scores[better], scores[worse], paper))
+            comparisons.append(_lower(f"{better} < {worse}", given, losses[better], losses[worse]))
         return Claim(
             f"Pre-training with JANUS helps all-at-once tuning more than with CMLM, and that more than BART ({task})",
             "JANUS, Table 7" if task == "squad_qg" else "JANUS, Table 8 (XSum)",
             "Wikipedia and books, the same model, text and updates three ways, then runner `nar`. The paper starts all "
             "three from BART-base.",
-            ["", "updates", "validation loss", *shown, "paper: ROUGE-L, 0 iterations"],
+            ["", "updates", "validation loss", *(f"{name}, {way}" for way, name in columns), "paper: ROUGE-L"],
             rows,
             comparisons,
         )
 
     def exits(self, task: TaskName, given: Round) -> Claim:
         """Soft against hard exits, each with ELMER's pre-training and without."""
-        rows, scores, losses, written = [], {}, {}, {}
-        metrics = TASKS[task].split(",")
-        for runner, how in EXITS.items():
-            for objective in ("lplm", None):
-                tuned = self._tune(task, runner.replace(" ", "_"), objective, given)
-                texts = self._write(tuned, task, {runner: how})[runner]
-                key = runner, objective is not None
-                written[key], scores[key], losses[key] = texts, Score(texts, metrics[0]), ValidLoss(tuned)
-                values = [Score(texts, metric) for metric in (*metrics[:2], "repetition")]
-                label = f"{runner}, {'ELMER' if objective else 'no pre-training'}"
-                rows.append(Row(label, [self._said(given), losses[key], *values], [ELMER[runner][objective is None]]))
-        pairs = [
-            ("soft > hard, pre-trained", ("soft exit", True), ("hard exit", True)),
-            ("soft > hard, not pre-trained", ("soft exit", False), ("hard exit", False)),
-            ("hard exit: pre-trained > not", ("hard exit", True), ("hard exit", False)),
-            ("soft exit: pre-trained > not", ("soft exit", True), ("soft exit", False)),
-        ]
+        metric, second = TASKS[task].split(",")[:2]
+        rows, losses, scores = [], {}, {}
+        for exit_, how in EXITS.items():
+            for trained, objective in ((True, "lplm"), (False, None)):
+                tuned = self._tune(task, exit_.replace(" ", "_"), objective, given)
+                written = self._write(tuned, task, {exit_: how})[exit_]
+                losses[exit_, trained], scores[exit_, trained] = ValidLoss(tuned), Score(written, metric)
+                values = [Score(written, name) for name in (metric, second, "repetition")]
+                label = f"{exit_}, {'ELMER' if trained else 'no pre-training'}"
+                rows.append(Row(label, [_said(given), losses[exit_, trained], *values], [ELMER[exit_, trained]]))
         comparisons = []
-        for label, better, worse in pairs:
-            name = (
-                f"{task}-{given.tuning}-{label}".replace(":", "").replace(",", "").replace(" > ", "-").replace(" ", "-")
-            )
-            test = self.desk.compare(name, written[better], written[worse], metrics[0])
-            paper = " > ".join(ELMER[runner][not trained] for runner, trained in (better, worse))
+        for label, better, worse in EXIT_CLAIMS:
+            name = "-".join([task, str(given.tuning), *re.findall(r"\w+", label)])
+            paper = f"{ELMER[better]} > {ELMER[worse]}"
             comparisons.append(
-                Comparison(
-                    f"{label}, ROUGE-L ({self._said(given)})", scores[better], scores[worse], paper, test, metrics[0]
-                )
-            )
-            if better[0] == worse[0]:  # losses of the two runners are sums over different rows
-                comparisons.append(
-                    Comparison(
-                        f"{label}, validation loss lower ({self._said(given)})", losses[better], losses[worse], "-",
-                        smaller=True,
-                    )
-                )  # fmt: skip
+                self._compare(name, f"{label}, ROUGE-L", given, scores[better], scores[worse], paper)
+            )  # fmt: skip
+            if better[0] == worse[0]:  # the losses of hard and soft exits are sums over different rows
+                comparisons.append(_lower(label, given, losses[better], losses[worse]))
         return Claim(
             f"Soft exits write better than hard ones, and pre-training helps both ({task})",
             "ELMER, Table 3 (XSum)",
             "Pre-training with LPLM on the same text; tuned with each kind of exit. Hard exit at 0.5.",
-            ["", "updates", "validation loss", *metrics[:2], "repetition", "paper: ROUGE-L"],
+            ["", "updates", "validation loss", metric, second, "repetition", "paper: ROUGE-L"],
             rows,
             comparisons,
         )
 
-    @staticmethod
-    def _said(given: Round) -> str:
-        return f"{given.pretraining} + {given.tuning}"
+    def _compare(self, name: str, label: str, given: Round, better: Score, worse: Score, paper: str) -> Comparison:
+        test = self.desk.compare(name, better.written, worse.written, better.metric)
+        return Comparison(f"{label} ({_said(given)})", better, worse, paper, test, better.metric)
 
     def _tune(self, task: TaskName, runner: str, objective: str | None, given: Round) -> Tuned:
         tuning, study = self.desk.study.tuning, self.desk.study
@@ -172,3 +152,12 @@ class PretrainedPart:
             "--train-tokenizer", str(s.vocabulary), "--max-length", str(s.max_length), "--workers", str(s.workers),
         )  # fmt: skip
         return Step("prepare", command, unpacked)
+
+
+def _lower(label: str, given: Round, better: ValidLoss, worse: ValidLoss) -> Comparison:
+    return Comparison(f"{label}, validation loss ({_said(given)})", better, worse, "-", smaller=True)
+
+
+def _said(given: Round) -> str:
+    """Updates of pre-training and of tuning."""
+    return f"{given.pretraining} + {given.tuning}"

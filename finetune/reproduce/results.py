@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from finetune.reproduce.claim import Claim, Comparison, Row
 from finetune.reproduce.step import Queue, Step
@@ -29,17 +28,11 @@ def fill(page: str, content: str) -> str:
 def results(claims: Sequence[Claim], queue: Queue, command: str) -> str:
     """Markdown of all that is known; claims of one heading, of several rounds and seeds, are one section."""
     steps = list({step.name: step for claim in claims for step in claim.steps}.values())
-    sections = [
-        "\n".join(_section(list(group)))
-        for _, group in groupby(sorted(claims, key=_place(claims)), key=lambda claim: claim.heading)
-    ]
+    by_heading: dict[str, list[Claim]] = {}
+    for claim in claims:
+        by_heading.setdefault(claim.heading, []).append(claim)
+    sections = ["\n".join(_section(group)) for group in by_heading.values()]
     return "\n\n".join(["\n".join(_took(steps, queue, command)), *sections, "\n".join(_commands(steps, queue))])
-
-
-def _place(claims: Sequence[Claim]):  # type: ignore[no-untyped-def]
-    """The order of sections: as their headings first come."""
-    first = list(dict.fromkeys(claim.heading for claim in claims))
-    return lambda claim: first.index(claim.heading)
 
 
 def _took(steps: Sequence[Step], queue: Queue, command: str) -> Iterator[str]:
@@ -106,9 +99,13 @@ def _commands(steps: Sequence[Step], queue: Queue) -> Iterator[str]:
     yield ""
     yield "Every step that is done, with the seconds it took in its last life."
     yield ""
+    yield "<details>"
+    yield ""
     yield "```sh"
     for step in steps:
         stamp = queue.stamp(step)
         if stamp is not None:
             yield f"{step.line}  # {stamp['seconds']:.0f} s"
     yield "```"
+    yield ""
+    yield "</details>"

@@ -1,6 +1,6 @@
 """JANUS's claims about translation, on Multi30k German -> English from random weights: Tables 1, 3 and 6, Figure 4."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,11 +10,17 @@ from finetune.reproduce.study import AR, NAR, Desk, Tuned, Written
 
 METRICS = "bleu,repetition,length_ratio"
 BOTH = {**AR, **NAR}
+LEFT_TO_RIGHT, AT_ONCE = "AR, beam 5", "NAR, 10 iterations"
+ABOUT = (
+    "Multi30k, German to English, raw targets, random weights: the same model, data, batch, rate and updates for every "
+    "row. BLEU is sacreBLEU's on lower-cased text, in the paper tokenised BLEU on IWSLT14 De-En. No checkpoints are "
+    "averaged."
+)
 
 
 @dataclass(frozen=True)
 class System:
-    """A row of the ablation. runner: file of configs/finetune/multi30k. paper: BLEU on IWSLT14 De-En, AR and NAR."""
+    """A row. runner: file of configs/finetune/multi30k. paper: BLEU on IWSLT14 De-En, AR and NAR of 10 iterations."""
 
     name: str
     runner: str
@@ -22,135 +28,126 @@ class System:
     paper: tuple[str, str]
     overrides: tuple[str, ...] = ()
 
+    @property
+    def slug(self) -> str:
+        return self.name.replace(" + ", "-").replace(" ", "-").lower()
+
 
 def _terms(**weights: float) -> tuple[str, ...]:
+    """Overrides that leave these terms of the JANUS loss; a symmetric KL of weight 2 is both directions of weight 1."""
     every = {"ar": 0.0, "nar": 0.0, "aux": 0.0, "kl_ar_aux": 0.0, "kl_nar_aux": 0.0, "kl_ar_nar": 0.0}
     return tuple(f"runner.weights.{name}={weight:g}" for name, weight in (every | weights).items())
 
 
-MAIN = (
-    System("Transformer", "ar", AR, ("34.74", "-")),
-    System("CMLM", "nar", NAR, ("-", "32.10")),
-    System("JANUS", "janus", BOTH, ("37.24", "34.21")),
-)
-OTHERS = (
-    System("AR + NAR", "janus", BOTH, ("35.25", "32.12"), _terms(ar=1, nar=1)),
-    System("AR + NAR + KL", "janus", BOTH, ("36.08", "33.45"), _terms(ar=1, nar=1, kl_ar_nar=2)),
-    System("AUX alone", "janus", BOTH, ("0.91", "24.41"), _terms(aux=1)),
-)
-REPETITION = {"CMLM": ("7.42", "1.58", "0.83"), "JANUS": ("6.8", "1.43", "0.65")}
+TRANSFORMER = System("Transformer", "ar", AR, ("34.74", "-"))
+CMLM = System("CMLM", "nar", NAR, ("-", "32.10"))
+JANUS = System("JANUS", "janus", BOTH, ("37.24", "34.21"))
+TOGETHER = System("AR + NAR", "janus", BOTH, ("35.25", "32.12"), _terms(ar=1, nar=1))
+TIED = System("AR + NAR + KL", "janus", BOTH, ("36.08", "33.45"), _terms(ar=1, nar=1, kl_ar_nar=2))
+AUX = System("AUX alone", "janus", BOTH, ("0.91", "24.41"), _terms(aux=1))
+ABLATION = (TRANSFORMER, CMLM, AUX, TOGETHER, TIED, JANUS)
+REPETITION = {"CMLM": "7.42 / 1.58 / 0.83", "JANUS": "6.8 / 1.43 / 0.65"}  # after 1, 4 and 10 iterations
 
 
-class TranslationPart:
-    """All systems at all rounds and seeds; the parts of the study take from it what their claims need."""
+class Translations:
+    """Every system at every round and seed. A claim of it is of one round and one seed."""
 
     def __init__(self, desk: Desk) -> None:
-        self.desk, self.settings = desk, desk.study.translation
-        self.written: dict[tuple[str, int, int], dict[str, Written]] = {}
-        for system in (*MAIN, *OTHERS):
+        self.desk = desk
+        self._written: dict[tuple[str, int, int], dict[str, Written]] = {}
+        for system in ABLATION:
             for seed in desk.study.seeds:
-                self._system(system, seed)
+                self._train(system, seed)
 
-    def _system(self, system: System, seed: int) -> None:
-        earlier: Tuned | None = None
-        for updates in [one.translation for one in self.desk.study.rounds]:
-            begun = self._begin(seed)
-            needs = [begun, *([earlier.kept] if earlier else [])]
-            name = f"multi30k-{system.name.replace(' + ', '-').replace(' ', '-').lower()}-{seed}"
-            overrides = [*self._task(seed), *self.settings.overrides, *system.overrides]
-            earlier = self.desk.tune(name, f"multi30k/{system.runner}", updates, overrides, needs)
-            self.written[system.name, seed, updates] = {
-                way: self.desk.write(earlier, way, how, METRICS) for way, how in system.ways.items()
-            }
+    def main(self, updates: int, seed: int) -> Claim:
+        """JANUS against the systems of one loss."""
+        rivals = [(LEFT_TO_RIGHT, TRANSFORMER), (AT_ONCE, CMLM)]
+        heading = "JANUS writes better than a Transformer left to right, and than CMLM all at once"
+        return self._table(heading, "JANUS, Table 1", (TRANSFORMER, CMLM, JANUS), rivals, updates, seed)
 
-    def _task(self, seed: int) -> list[str]:
-        data = f"{self.desk.study.data}/multi30k"
-        return [f"seed={seed}", f"task.path={data}", f"bundle={self.desk.folder}/bundles/multi30k-{seed}"]
-
-    def _begin(self, seed: int) -> Step:
-        command = (PYTHON, "-m", "finetune", "begin", "configs/finetune/multi30k/ar.yaml", *self._task(seed))
-        model = ("--model", self.desk.study.model, "--train-tokenizer", str(self.settings.vocabulary))
-        return Step(f"begin/multi30k-{seed}", (*command, *model))
-
-    def better_both_ways(self, updates: int, seed: int, ablation: bool) -> Claim:
-        """JANUS against the systems of one loss, or against the rest of the ablation."""
-        nar = "NAR, 10 iterations"
-        rows, comparisons = [], []
-        for system in (*MAIN, *OTHERS) if ablation else MAIN:
-            written = self.written[system.name, seed, updates]
-            values = [Score(written[way], "bleu") if way in written else "-" for way in BOTH]
-            rows.append(Row(system.name, [updates, seed, *values], system.paper))
-        rivals = (
-            {"AR, beam 5": "AR + NAR + KL", nar: "AR + NAR + KL"}
-            if ablation
-            else {"AR, beam 5": "Transformer", nar: "CMLM"}
-        )
-        paper = {system.name: system.paper for system in (*MAIN, *OTHERS)}
-        for column, (way, rival) in enumerate(rivals.items()):
-            mine, theirs = self.written["JANUS", seed, updates][way], self.written[rival, seed, updates][way]
-            label = f"JANUS, {way} > {rival}, {way}"
-            test = self.desk.compare(
-                f"bleu-{updates}-{seed}-{way[:2].lower()}-{rival.replace(' + ', '-').lower()}", mine, theirs, "bleu"
-            )
-            comparisons.append(
-                Comparison(
-                    f"{label} ({updates} updates, seed {seed})", Score(mine, "bleu"), Score(theirs, "bleu"),
-                    f"{paper['JANUS'][column]} > {paper[rival][column]}", test, "bleu",
-                )
-            )  # fmt: skip
-        heading = (
-            "The rows of the ablation"
-            if ablation
-            else "JANUS writes better than a Transformer left to right, and than CMLM all at once"
-        )
-        return Claim(
-            heading,
-            "JANUS, Table 6" if ablation else "JANUS, Table 1",
-            "Multi30k, German to English, raw targets, random weights: the same model, data, batch, rate and updates "
-            "for every row. BLEU is sacreBLEU's on lower-cased text, in the paper tokenised BLEU on IWSLT14 De-En. No "
-            "checkpoints are averaged.",
-            ["", "updates", "seed", *BOTH, "paper: AR", "paper: NAR, 10"],
-            rows,
-            comparisons,
-        )
+    def ablation(self, updates: int, seed: int) -> Claim:
+        """All losses against those without AUX."""
+        rivals = [(way, system) for system in (TOGETHER, TIED) for way in (LEFT_TO_RIGHT, AT_ONCE)]
+        heading = "Each loss of JANUS helps"
+        return self._table(heading, "JANUS, Table 6", ABLATION, rivals, updates, seed)
 
     def iterations(self, updates: int, seed: int) -> Claim:
         """Quality and repetition by iterations."""
+        at, ways = f"{updates} updates, seed {seed}", list(NAR)
         rows, comparisons = [], []
-        ways = list(NAR)
-        for name in ("CMLM", "JANUS"):
-            written = self.written[name, seed, updates]
+        for system in (CMLM, JANUS):
+            written = self._written[system.name, seed, updates]
             values = [Score(written[way], metric) for metric in ("bleu", "repetition") for way in ways]
-            rows.append(Row(name, [updates, seed, *values], [" / ".join(REPETITION[name])]))
-            for metric, smaller in (("bleu", False), ("repetition", True)):
-                for before, after in pairwise(ways):
-                    label = f"{name}, {metric}: {after} {'<' if smaller else '>'} {before}"
-                    comparisons.append(
-                        Comparison(
-                            f"{label} ({updates} updates, seed {seed})", Score(written[after], metric),
-                            Score(written[before], metric), "the same way", smaller=smaller,
-                        )
-                    )  # fmt: skip
-        for way in ways:
-            mine, theirs = (self.written[name, seed, updates][way] for name in ("JANUS", "CMLM"))
-            test = self.desk.compare(f"iterations-{updates}-{seed}-{way.split()[1]}", mine, theirs, "bleu")
-            comparisons.append(
-                Comparison(
-                    f"JANUS > CMLM, {way} ({updates} updates, seed {seed})", Score(mine, "bleu"), Score(theirs, "bleu"),
-                    "above at every step", test, "bleu",
+            rows.append(Row(system.name, [updates, seed, *values], [REPETITION[system.name]]))
+            for before, after in pairwise(ways):
+                bleu, repetition = (
+                    (Score(written[after], name), Score(written[before], name)) for name in ("bleu", "repetition")
                 )
-            )  # fmt: skip
+                label = f"{system.name}, {{}} {after} {{}} {before} ({at})"
+                comparisons.append(Comparison(label.format("BLEU:", ">"), *bleu, "rises"))
+                comparisons.append(
+                    Comparison(label.format("repetition:", "<"), *repetition, "falls", smaller=True)
+                )  # fmt: skip
+        for way in ways:
+            mine, theirs = (self._written[system.name, seed, updates][way] for system in (JANUS, CMLM))
+            test = self.desk.compare(f"iterations-{updates}-{seed}-{way.split()[1]}", mine, theirs, "bleu")
+            bleu = Score(mine, "bleu"), Score(theirs, "bleu")
+            comparisons.append(Comparison(f"JANUS > CMLM, {way} ({at})", *bleu, "above", test, "bleu"))
+        shown = [f"{metric}, {way}" for metric in ("BLEU", "repetition") for way in ways]
         return Claim(
             "More iterations write better texts with fewer repeated words, and JANUS stays above CMLM",
             "JANUS, Table 3 and Figure 4",
             "The same runs. Repetition: percent of words equal to the one before.",
-            [
-                "",
-                "updates",
-                "seed",
-                *(f"{metric}, {way}" for metric in ("BLEU", "repetition") for way in ways),
-                "paper: repetition after 1 / 4 / 10",
-            ],
+            ["", "updates", "seed", *shown, "paper: repetition after 1 / 4 / 10"],
             rows,
             comparisons,
         )
+
+    def _table(
+        self,
+        heading: str,
+        where: str,
+        systems: Sequence[System],
+        rivals: Sequence[tuple[str, System]],
+        updates: int,
+        seed: int,
+    ) -> Claim:
+        """BLEU of systems in each way they write. rivals: (way, system) that JANUS is above in the paper."""
+        rows = []
+        for system in systems:
+            written = self._written[system.name, seed, updates]
+            values = [Score(written[way], "bleu") if way in written else "-" for way in BOTH]
+            rows.append(Row(system.name, [updates, seed, *values], system.paper))
+        comparisons = []
+        for way, rival in rivals:
+            mine, theirs = (self._written[system.name, seed, updates][way] for system in (JANUS, rival))
+            test = self.desk.compare(f"bleu-{updates}-{seed}-{way[:2].lower()}-{rival.slug}", mine, theirs, "bleu")
+            label = f"JANUS > {rival.name}, {way} ({updates} updates, seed {seed})"
+            column = int(way == AT_ONCE)
+            paper = f"{JANUS.paper[column]} > {rival.paper[column]}"
+            comparisons.append(Comparison(label, Score(mine, "bleu"), Score(theirs, "bleu"), paper, test, "bleu"))
+        columns = ["", "updates", "seed", *BOTH, "paper: AR", "paper: NAR, 10"]
+        return Claim(heading, where, ABOUT, columns, rows, comparisons)
+
+    def _train(self, system: System, seed: int) -> None:
+        """A round goes on with the run of the one before, behind the step that put its bundle by."""
+        settings, earlier = self.desk.study.translation, None
+        for updates in [one.translation for one in self.desk.study.rounds]:
+            needs = [self._begin(seed), *([earlier.kept] if earlier else [])]
+            overrides = [*self._task(seed), *settings.overrides, *system.overrides]
+            tuned: Tuned = self.desk.tune(
+                f"multi30k-{system.slug}-{seed}", f"multi30k/{system.runner}", updates, overrides, needs
+            )
+            self._written[system.name, seed, updates] = {
+                way: self.desk.write(tuned, way, how, METRICS) for way, how in system.ways.items()
+            }
+            earlier = tuned
+
+    def _begin(self, seed: int) -> Step:
+        command = (PYTHON, "-m", "finetune", "begin", "configs/finetune/multi30k/ar.yaml", *self._task(seed))
+        model = ("--model", self.desk.study.model, "--train-tokenizer", str(self.desk.study.translation.vocabulary))
+        return Step(f"begin/multi30k-{seed}", (*command, *model))
+
+    def _task(self, seed: int) -> list[str]:
+        data = f"{self.desk.study.data}/multi30k"
+        return [f"seed={seed}", f"task.path={data}", f"bundle={self.desk.folder}/bundles/multi30k-{seed}"]
