@@ -13,6 +13,7 @@ from finetune.reproduce.results import fill, results
 from finetune.reproduce.step import Queue, Step
 from finetune.reproduce.study import Desk, Study
 from finetune.reproduce.translation import Translations
+from pretrain.checkpoints.commit import Store
 from pretrain.config import load
 from pretrain.errors import DataError, ParlanceError, Requeue, UsageError
 from pretrain.runs import write_text
@@ -37,6 +38,7 @@ def reproduce(
     Raises:
         ConfigError: a bad study. DataError: its data are not there. UsageError: a bad number of hours, no such step.
         ParlanceError: a step failed, with the exit code of the first one.
+        CheckpointError: another process works in the folder.
         Requeue: SIGTERM or SIGUSR1 came; what ran was told to save.
     """
     if hours is not None and hours <= 0:
@@ -58,8 +60,13 @@ def reproduce(
         before = page.read_text(encoding="utf-8") if page.exists() else ""
         write_text(page, fill(before, results(claims, queue, command)))
 
-    left = queue.run(steps)
-    told()
+    store = Store(queue.folder)
+    store.lock()  # against a second `reproduce` in the same folder
+    try:
+        left = queue.run(steps)
+        told()
+    finally:
+        store.unlock()
     print(f"{page}: {len(steps) - len(left)} of {len(steps)} steps are done", file=sys.stderr, flush=True)
     _end(queue, left)
 

@@ -4,6 +4,7 @@ A step that ended well leaves a stamp. Its key follows from its command and from
 changed study runs again what the change concerns and nothing else. What is stopped is resumed by its own command.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoints.commit import disk_errors
 from pretrain.data.files import write_atomic
 from pretrain.errors import EXIT_REQUEUE
 from pretrain.parsing import read_json
@@ -25,6 +28,7 @@ from pretrain.signals import Signals
 
 PYTHON = "python"  # in a command: this interpreter
 POLL = 0.2  # seconds
+SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 PATIENCE = 120.0  # seconds for a step to save once it was told to stop
 
 
@@ -84,6 +88,7 @@ class Queue:
         deadline does; `stopped` then says so.
         """
         running: list[_Running] = []
+        _libc()  # loaded here, not between fork and exec
         with Signals() as signals:
             try:
                 while True:
@@ -124,23 +129,21 @@ class Queue:
 
     def _start(self, step: Step) -> _Running:
         log = self.folder / "logs" / f"{step.name}.log"
-        for path in (log, self._stamp(step), *([step.output] if step.output else [])):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(log):
+            for path in (log, self._stamp(step), *([step.output] if step.output else [])):
+                path.parent.mkdir(parents=True, exist_ok=True)
         print(f"begin {step.name}\n  $ {step.line}", file=sys.stderr, flush=True)
         command = [sys.executable if word == PYTHON else word for word in step.command]
         threads = str(self.threads if step.alone else max(1, self.threads // self.jobs))
         environment = {**os.environ, **self.environment, "OMP_NUM_THREADS": threads}
-        with log.open("ab") as told:
-            output = _half(step.output).open("wb") if step.output else told
-            try:
-                # A session of its own: Ctrl-C reaches this process, which then tells its steps to save.
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=told, env=environment,
-                    start_new_session=True,
-                )  # fmt: skip
-            finally:
-                if step.output:
-                    output.close()
+        with ExitStack() as stack:
+            told = stack.enter_context(log.open("ab"))
+            output = stack.enter_context(_half(step.output).open("wb")) if step.output else told
+            # A session of its own: Ctrl-C reaches this process, which then tells its steps to save.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=told, env=environment,
+                start_new_session=True, preexec_fn=_end_with_parent,
+            )  # fmt: skip
         return _Running(step, process, time.monotonic(), log)
 
     def _ended(self, one: _Running) -> bool:
@@ -178,6 +181,16 @@ class Queue:
 
     def _stamp(self, step: Step) -> Path:
         return self.folder / "steps" / f"{step.name}.json"
+
+
+def _end_with_parent() -> None:
+    """Between fork and exec: the kernel sends SIGTERM when the parent dies, even if it is killed."""
+    _libc().prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _half(path: Path) -> Path:

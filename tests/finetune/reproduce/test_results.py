@@ -16,7 +16,7 @@ from finetune.reproduce.command import reproduce
 from finetune.reproduce.results import BEGIN, END, fill, results
 from finetune.reproduce.step import Queue, Step
 from finetune.reproduce.study import Written
-from pretrain.errors import DataError, UsageError
+from pretrain.errors import CheckpointError, DataError, UsageError
 
 
 def written(folder: Path, name: str, value: float | None) -> Written:
@@ -133,3 +133,19 @@ def test_what_cannot_begin_is_told(captions: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(DataError, match="`data` has no books/"):
         reproduce(study)
     assert not (captions / "RESULTS.md").exists() and not (captions / "runs").exists()
+
+
+def test_two_at_once_are_refused(captions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(captions)
+    (captions / "configs").symlink_to(ROOT / "configs")
+    hold = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'kernels')!r}]\n"
+        "from pretrain.checkpoints.commit import Store\n"
+        "store = Store('runs/reproduce')\nstore.lock()\nprint(flush=True)\nsys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        with pytest.raises(CheckpointError, match=rf"in use by host \S+ pid {other.pid}"):
+            reproduce("configs/reproduce/cpu.yaml", ["data=data"])
+        other.terminate()
+    assert not (captions / "RESULTS.md").exists()

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,29 @@ def test_a_signal_ends_it_like_the_end_of_the_time(tmp_path: Path) -> None:
     timer.start()
     assert work.run([slow]) == [slow] and work.stopped
     timer.join()
+
+
+def test_a_step_does_not_outlive_a_queue_that_is_killed(tmp_path: Path) -> None:
+    """What is killed cannot tell its steps to save: the kernel does, so that the next life finds nothing locked."""
+    saving = (
+        "import os, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (open({str(tmp_path / 'told')!r}, 'w').close(), sys.exit(85)))\n"
+        f"open({str(tmp_path / 'begun')!r}, 'w').close(); time.sleep(60)"
+    )
+    if not (child := os.fork()):
+        queue(tmp_path).run([step("slow", saving)])
+        os._exit(0)
+    _until((tmp_path / "begun").exists)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    _until((tmp_path / "told").exists)
+
+
+def _until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_steps_share_the_threads_unless_they_are_alone(tmp_path: Path) -> None:
