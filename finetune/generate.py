@@ -32,7 +32,7 @@ NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "draft": (("ar", "nar"),),
 }
 HINTS = {
-    "draft": ": NAR drafts what AR verifies; `python -m finetune train` with `runner.name=draft` trains both",
+    "draft": ": NAR drafts what AR verifies; `python -m finetune train` with `runner.name=janus` trains both",
 }
 
 
