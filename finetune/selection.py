@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune.config import Selection, TuneTrainConfig
+from finetune.hooks import written_tag
 from pretrain.bundles.handoff import read_weights
 from pretrain.checkpoints.checkpoint import read_progress
 from pretrain.checkpoints.commit import Store
@@ -56,7 +57,7 @@ def check(train: TuneTrainConfig, metrics: Sequence[str], modes: Collection[str]
 
 def tag(select: Selection, modes: Sequence[str]) -> str:
     """The name in TensorBoard of what is selected by."""
-    return LOSS_TAG if select.metric == LOSS else f"written/{select.mode or modes[0]}/{select.metric}"
+    return LOSS_TAG if select.metric == LOSS else written_tag(select.mode or modes[0], select.metric)
 
 
 def candidates(store: Store) -> list[Candidate]:

@@ -69,7 +69,7 @@ def sweep_threshold(
     description = bundle.description
     check_mode(description, bundle_path, "hard_exit", options)
     decodings = [{**options, "threshold": threshold} for threshold in thresholds]
-    ways = [runners.build({"name": "hard_exit", "decoding": decoding}, description) for decoding in decodings]
+    ways = [runners.way("hard_exit", decoding, description) for decoding in decodings]
     pairs = read_pairs(data, "--data")[:sentences]
     model = bundle.model.to(device_named(device))
     sources, longest = [pair.source for pair in pairs], description.longest_source

@@ -16,7 +16,7 @@ from pathlib import Path
 from finetune import runners, selection, tasks
 from finetune.config import TuneConfig, with_presets
 from finetune.corpus import PairCorpus
-from finetune.hooks import WrittenTexts
+from finetune.hooks import WrittenTexts, written_tag
 from finetune.runners import Runner, with_modes
 from finetune.tasks import Pair, SplitName
 from pretrain import config, distributed, objectives, rng, runs
@@ -89,7 +89,7 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         distributed.rank_zero(lambda: write_task(run.folder / TASK, data))
         if selects(settings):
             run.spare = partial(selection.spare, train=settings.train, modes=tuple(ways))
-        written = [f"written/{mode}/{metric}" for mode in ways for metric in data.metrics]
+        written = [written_tag(mode, metric) for mode in ways for metric in data.metrics]
         metrics = written if settings.train.sample_every else []
         run.announce(repaired, changed, derived(run, settings, data), metrics=metrics)
         progress = run.train(written_texts(run, settings, bundle, ways, data))

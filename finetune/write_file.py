@@ -23,7 +23,6 @@ from finetune.progress import LineProgress
 from finetune.runners import Runner
 from finetune.writer import BATCH_TOKENS, Writer
 from pretrain.bundles.bundle import content_sha256
-from pretrain.config import complete
 from pretrain.errors import DataError, Requeue, UsageError
 from pretrain.signals import Signals
 
@@ -69,7 +68,7 @@ def generate(
     if target_file == STANDARD:
         windows.to_stdout(source_file)
     else:
-        of_decoder = complete(runners.REGISTRY, {"name": mode, "decoding": dict(options)}, "runner")["decoding"]
+        of_decoder = runners.decoding(mode, options)
         rest = {"mode": mode, "batch_tokens": batch_tokens, "dedup": dedup, "scores": scores}
         identity = {BUNDLE: content_sha256(bundle), "device": writer.device.type, **of_decoder, **rest}
         windows.to_file(source_file, Path(target_file), identity, restart)
