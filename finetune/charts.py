@@ -100,7 +100,7 @@ def compose(panels: Sequence[Panel | Plane]) -> "Figure":
         _legend(tile, _plane(axes, panel) if isinstance(panel, Plane) else _panel(axes, panel))
     figure.draw_without_rendering()  # now every point has its place, and labels find theirs
     for tile, panel in zip(tiles, panels, strict=False):
-        if isinstance(panel, Plane):
+        if isinstance(panel, Plane) and any(curve.labels for curve in panel.curves):
             _labels(tile.axes[0], panel.curves)
     return figure
 
