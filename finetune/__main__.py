@@ -147,6 +147,11 @@ def _score(commands: Commands) -> None:
         "--src", metavar="FILE", help="one source a line; coco_* and meteor take lines with the same one as one item"
     )
     parser.add_argument("--against", metavar="FILE", help="texts of another system: paired bootstrap, p-values")
+    parser.add_argument(
+        "--fix-tokenization",
+        action="store_true",
+        help="coco_* and meteor of texts that are tokens of BERT-uncased: make words of them first, as GLGE does",
+    )
     parser.add_argument("--no-stemmer", action="store_true", help="compare words in ROUGE, not their Porter stems")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run_score)
@@ -158,7 +163,8 @@ def _run_score(given: argparse.Namespace) -> None:
     if not given.task and not given.metrics:
         raise UsageError("`score` must be given `--task` or `--metrics`, got neither")
     metrics = given.metrics.split(",") if given.metrics else []
-    score_files(given.hyp, given.ref, given.task, metrics, given.src, given.against, not given.no_stemmer, given.json)
+    files = given.hyp, given.ref, given.task, metrics, given.src, given.against
+    score_files(*files, not given.no_stemmer, given.json, given.fix_tokenization)
 
 
 def _sweep_threshold(commands: Commands) -> None:
