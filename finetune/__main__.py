@@ -222,6 +222,7 @@ def _report(commands: Commands) -> None:
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 5], metavar="B", help="of --mode ar")
     parser.add_argument("--iterations", type=int, nargs="+", default=[0, 1, 4, 10], metavar="K", help="of --mode nar")
     parser.add_argument("--metrics", metavar="A,B,..", help="score by these, not by those of the task")
+    parser.add_argument("--cards", action="store_true", help="put the scores into the model card of each bundle, too")
     parser.add_argument("--restart", action="store_true", help="write again what an earlier call has written")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.set_defaults(run=_run_report)
@@ -232,7 +233,7 @@ def _run_report(given: argparse.Namespace) -> None:
 
     numbers = given.sentences, given.shown, given.split, given.beams, given.iterations
     metrics = given.metrics.split(",") if given.metrics else []
-    report(given.runs, given.out, *numbers, given.device, given.restart, metrics)
+    report(given.runs, given.out, *numbers, given.device, given.restart, metrics, given.cards)
 
 
 if __name__ == "__main__":

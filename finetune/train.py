@@ -151,9 +151,10 @@ def hand_over(run: Run, settings: TuneConfig, bundle: Bundle, runner: Runner, da
     )
 
     def write() -> None:
-        chosen = selection.Chosen(weights, progress, {})
         if selects(settings):
             chosen = selection.chosen_weights(run.store, settings.train, modes)
+        else:
+            chosen = selection.end_of_training(run.store, weights, progress)
         provenance = {
             "run": settings.name,
             **chosen.progress.to_json(),
