@@ -117,7 +117,10 @@ def _generate(commands: Commands) -> None:
 
 
 def _layers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers of layers with commas between, got {text!r}") from None
 
 
 def _run_generate(given: argparse.Namespace) -> None:

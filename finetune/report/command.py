@@ -14,6 +14,7 @@ from finetune.report.texts import write_all
 from finetune.report.ways import BEAMS, ITERATIONS, ways_of
 from finetune.scores import score
 from finetune.writer import Writer
+from pretrain.bundles.bundle import check_outside
 from pretrain.errors import UsageError
 from pretrain.runs import write_text
 
@@ -47,7 +48,7 @@ def report(
         cards: put the scores into the model card of each bundle, too.
 
     Raises:
-        UsageError: no run, a number below its smallest, or `out` is no folder.
+        UsageError: no run, a number below its smallest, or `out` is no folder or in a bundle.
         CheckpointError, ConfigError, DataError: as `read_records`; runs with different pairs; a bad bundle or card.
         Requeue: SIGTERM or SIGUSR1 came; the texts so far are kept.
     """
@@ -93,8 +94,9 @@ def _check(
     for name, (value, smallest) in least.items():
         if value < smallest:
             raise UsageError(f"`--{name}` must be at least {smallest}, got {value}")
-    if out.exists() and not out.is_dir():
+    if not next(one for one in (out, *out.absolute().parents) if one.exists()).is_dir():
         raise UsageError(f"`--out` must be a folder or new, `{out}` is none")
+    check_outside(out, "--out")
 
 
 def _command(folders: Sequence[str], given: dict[str, object]) -> str:

@@ -37,13 +37,13 @@ def score_files(
     lines, texts = read_lines(references), read_lines(hypotheses)
     of_sources = None if sources is None else read_lines(sources)
     rest = names, stemmer, of_sources, fix_tokenization
+    others = None if against is None else read_lines(against)
+    for file, read in ((hypotheses, texts), (sources, of_sources), (against, others)):
+        if read is not None and len(read) != len(lines):
+            raise DataError(f"`{file}` must have as many lines as `{references}`, {len(lines)}, it has {len(read)}")
     scores = score(texts, lines, *rest)
     tests = None
-    if against is not None:
-        others = read_lines(against)
-        if len(others) != len(lines):
-            wanted = f"as many lines as `{references}`, {len(lines)}"
-            raise DataError(f"`{against}` must have {wanted}, it has {len(others)}")
+    if others is not None:
         tests = paired_bootstrap(scores.results, score(others, lines, *rest).results)
         if not tests:
             raise ConfigError(f"`--against` needs a metric that has a paired test, {', '.join(names)} have none")

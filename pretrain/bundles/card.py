@@ -149,7 +149,8 @@ def _data(provenance: Mapping[str, Any]) -> list[str]:
         if "pairs" in stage:
             task = _mapping(_mapping(stage.get("config")).get("task")).get("name", UNKNOWN)
             pairs = ", ".join(f"{_plain(count)} {_plain(split)}" for split, count in _mapping(stage["pairs"]).items())
-            parts.append(f"Tuned for the task `{_plain(task)}`: pairs {pairs}.")
+            what = "Tuned" if "tuned_from" in stage else "Random weights, with a tokenizer,"
+            parts.append(f"{what} for the task `{_plain(task)}`: pairs {pairs}.")
     return parts or [f"What the weights were trained on is {UNKNOWN}."]
 
 
