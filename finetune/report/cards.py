@@ -4,7 +4,6 @@ A card is edited by people. So of its body and of its front matter only what sta
 written; where these lines are missing, they come to the end. The card is outside the seal of its bundle.
 """
 
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,8 +111,7 @@ def body(measured: Sequence[Measured], split: str) -> str:
     signatures = [[cell(name), f"`{said}`".replace("|", "\\|")] for name, said in first.scores.signatures.items()]
     return "\n\n".join(
         [
-            f"The first {lines:,} {split} pairs of `{first.way.record.task}`, written one at a time on {device} "
-            f"({platform.machine()}){cut}:",
+            f"The first {lines:,} {split} pairs of `{first.way.record.task}`, written one at a time on {device}{cut}:",
             numbers(["mode", *map(cell, names)], rows, 1),
             "\n".join(["```sh", *dict.fromkeys(commands), "```"]),
             table(["metric", "signature"], signatures) + "\n",

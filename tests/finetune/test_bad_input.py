@@ -25,8 +25,9 @@ def run(place: Path) -> Path:
     (place / "long").write_text("".join(f"{line} " * 12 + "\n" for line in lines))
     (place / "empty").write_text("")
     (place / "model.yaml").write_text(yaml.safe_dump({"model": SHAPE}))
-    train = {"steps": 1, "save_every": 1}
-    assert main(["train", str(config_at(place, "good", "janus", train=train))]) == 0
+    changes = {"runner": {"name": "janus", "decoding": {"ar": {"max_length": 8}, "nar": {"max_length": 8}}},
+               "train": {"steps": 1, "save_every": 1}}  # fmt: skip
+    assert main(["train", str(config_at(place, "good", "janus", **changes))]) == 0
     return place / "runs" / "good"
 
 
