@@ -37,7 +37,7 @@ class WrittenTexts:
         ways: {mode: what writes so}.
         metrics: names in `finetune.score`.
         max_source: as in `write_texts`.
-        scores: takes what is measured, under its name in TensorBoard.
+        scores: takes what is measured, under its name in TensorBoard, and `written/pairs`, on how many pairs it was.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class WrittenTexts:
                 for mode, runner in self.ways.items()
             }
         if self.board is not None:
+            self.scores["written/pairs"] = len(self.pairs)
             for mode, made in written.items():
                 self._measure(report.step, mode, made, self.board)
             self._show(report.step, written, self.board)

@@ -115,6 +115,11 @@ def _notes(found: Findings) -> list[str]:
         if cut:
             longest = next(one.way.writer for one in found.measured if one.way.record is record).description
             notes.append(f"{cell(record.name)} cut {cut:,} of these sources to {longest.longest_source:,} tokens.")
+    empty = {side: sum(not getattr(pair, side) for pair in found.pairs) for side in ("source", "target")}
+    if any(empty.values()):
+        notes.append(
+            f"Of these pairs {empty['source']:,} have an empty source and {empty['target']:,} an empty target."
+        )
     return notes
 
 
