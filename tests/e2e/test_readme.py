@@ -1,4 +1,4 @@
-"""Every command of the README runs, in its order, with sizes cut down; its figures are those of `make bench` and RESULTS.md."""
+"""Every command of the README runs, in its order, cut down; figures are those of `make bench` and of RESULTS.md."""
 
 import gzip
 import json
