@@ -290,6 +290,13 @@ T __shfl_up_sync(uint32_t mask, T x, unsigned lanes, int = 32, SIMT_LINE) {
     unsigned lane = simt::now->id & 31;
     return lane < lanes ? x : slots[lane - lanes];
 }
+template <class T>
+T __shfl_down_sync(uint32_t mask, T x, unsigned lanes, int = 32, SIMT_LINE) {
+    simt::all_lanes(mask);
+    const T* slots = simt::exchange(x, "__shfl_down_sync", line);
+    unsigned lane = simt::now->id & 31;
+    return lane + lanes > 31 ? x : slots[lane + lanes];
+}
 inline uint32_t __ballot_sync(uint32_t mask, int predicate, SIMT_LINE) {
     simt::all_lanes(mask);
     const int* slots = simt::exchange(predicate, "__ballot_sync", line);
@@ -304,6 +311,12 @@ template <class T>
 T atomicAdd(T* at, T x) {
     T old = *at;
     *at = old + x;
+    return old;
+}
+template <class T>
+T atomicMax(T* at, T x) {
+    T old = *at;
+    *at = max(old, x);
     return old;
 }
 template <class T>
@@ -352,6 +365,17 @@ inline void ldmatrix_x4(uint32_t (&out)[4], const void* row, SIMT_LINE) {
 }
 inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row, SIMT_LINE) {
     simt_ldmatrix(out, row, true, "ldmatrix_x4_trans", line);
+}
+
+template <class T>
+uint32_t pack2(float low, float high);
+template <>
+inline uint32_t pack2<__half>(float low, float high) {
+    return __float2half_rn(low).bits | uint32_t{__float2half_rn(high).bits} << 16;
+}
+template <>
+inline uint32_t pack2<__nv_bfloat16>(float low, float high) {
+    return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << 16;
 }
 
 inline float simt_element(__half, uint32_t both, int high) { return __half2float({static_cast<uint16_t>(both >> 16 * high)}); }

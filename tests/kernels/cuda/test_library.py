@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from parlance_kernels import available_backends, backend, exit_copy, library, offramp_stats, resolve
-from tests.kernels.cuda.emulation import emulated
+from tests.kernels.cuda.emulation import device_library_path, emulated
 
 
 @pytest.fixture
@@ -51,6 +51,16 @@ def test_a_library_that_was_not_built_is_told_so(fresh, monkeypatch, tmp_path):
     library.load.cache_clear()
     with pytest.raises(ValueError, match=r"does not open: .*`make kernels` builds it anew"):
         resolve("cuda")
+
+
+def test_a_library_of_other_sources_is_refused(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "PATH", device_library_path())
+    assert library.load()
+    library.load.cache_clear()
+    (tmp_path / "other.cu").write_text("// another kernel")
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    with pytest.raises(library.KernelError, match="was made of other sources than"):
+        library.load()
 
 
 def test_a_card_and_a_library_make_the_kernels_the_choice(fresh, monkeypatch):
