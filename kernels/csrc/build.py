@@ -145,7 +145,7 @@ def _compile(files: Sequence[Path], command: Sequence[str], kind: str) -> list[P
     folder = OBJECTS / kind
     folder.mkdir(parents=True, exist_ok=True)
     common = hashlib.sha256(_run([command[0], "--version"]).encode() + "\0".join(command).encode())
-    for header in sorted(HERE.rglob("*.h")):
+    for header in sorted(HERE.glob("*.h") if kind == "device" else HERE.rglob("*.h")):
         common.update(header.name.encode() + header.read_bytes())
 
     def one(source: Path) -> Path:
