@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cksum setup.py pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: install kernels quickstart test check bench bench-writing test-slow goldens clean
+.PHONY: install quickstart test check bench bench-writing test-slow goldens clean
 
 install: $(STAMP)
 $(STAMP): setup.py pyproject.toml
@@ -12,6 +12,10 @@ $(STAMP): setup.py pyproject.toml
 	$(PY) -m pip install --quiet --upgrade "pip>=23" "setuptools>=68" wheel
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@rm -f $(VENV)/.installed-*; touch $@
+
+.PHONY: kernels
+kernels:                ## compiles the CUDA kernels; needs nvcc, and no GPU; PARLANCE_CUDA_ARCHS='80+PTX;90a'
+	$(PYTHON) kernels/csrc/build.py
 
 quickstart: install     ## text -> JANUS -> fine-tuned AR and NAR -> scores; OBJECTIVE=janus|elmer|cmlm|denoise STEPS=...
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m finetune.quickstart --objective $(or $(OBJECTIVE),janus) $(if $(STEPS),--steps $(STEPS))
@@ -35,9 +39,6 @@ bench: install          ## every figure, each after its equality check
 bench-writing: install  ## every way to write beside transformers and CTranslate2; ARGS='--device cuda --batch 1 128'
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
 	$(PY) kernels/bench/writing.py $(ARGS)
-
-kernels:                ## compiles the CUDA kernels; needs nvcc, and no GPU; PARLANCE_CUDA_ARCHS='80+PTX;90a'
-	$(PYTHON) kernels/csrc/build.py
 
 goldens: install        ## writes the golden curves anew: say why in the commit
 	$(PY) -m pytest --update-goldens tests/pretrain/objectives/test_golden_curves.py
