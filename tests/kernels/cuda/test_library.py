@@ -1,5 +1,7 @@
 """The backend is chosen once and says why it cannot be another; calls check what they pass."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -84,6 +86,19 @@ def test_the_backend_decides_what_runs(fresh, monkeypatch):
                 run(chosen)
             calls.append((name, chosen, sum(event.name == name for event in profile.events()) - times))
     assert all(surplus == 0 for *_, surplus in calls), calls
+
+
+def test_operators_compile_without_a_break_in_the_graph(fresh, monkeypatch):
+    # To look for a device is nothing that a graph can hold.
+    monkeypatch.setattr(library, "problem", lambda: Path("/dev/null").read_text() or None)
+    x, left, stays = torch.randn(5, 4), torch.tensor([1]), torch.tensor([0, 3])
+
+    def step(x, left, stays):
+        table, gone = exit_copy(x, 2, 2 * x, left, stays, False, backend="cuda")
+        return offramp_stats(table, [1], backend="cuda"), gone.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x, left, stays), step(x, left, stays))
 
 
 def test_a_call_takes_contiguous_tensors_on_one_device():
