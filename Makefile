@@ -13,6 +13,10 @@ $(STAMP): setup.py pyproject.toml
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@rm -f $(VENV)/.installed-*; touch $@
 
+.PHONY: kernels
+kernels:                ## compiles the CUDA kernels; needs nvcc, and no GPU; PARLANCE_CUDA_ARCHS='80+PTX;90a'
+	$(PYTHON) kernels/csrc/build.py
+
 quickstart: install     ## text -> JANUS -> fine-tuned AR and NAR -> scores; OBJECTIVE=janus|elmer|cmlm|denoise STEPS=...
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m finetune.quickstart --objective $(or $(OBJECTIVE),janus) $(if $(STEPS),--steps $(STEPS))
 

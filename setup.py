@@ -2,9 +2,20 @@
 
 `kernels/` plays the role of `src/`; `pretrain/` and `finetune/` run from the checkout root and are not installed.
 torch is never imported here, so that building needs nothing but setuptools.
+
+Where nvcc is and a GPU can run its work, installing compiles the CUDA kernels, too. Without a GPU it does so only if
+PARLANCE_CUDA_ARCHS names targets (an image for other machines); `make kernels` always does.
 """
 
-from setuptools import find_packages, setup
+import os
+import runpy
+from pathlib import Path
+
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "kernels" / "csrc" / "build.py"
 
 INSTALL = [
     "torch>=2.6,<2.14",
@@ -50,6 +61,37 @@ PEERS = ["ctranslate2>=4.5,<5"]
 # METEOR 1.5 with its jar, 100 MB; Java must be there.
 METEOR = ["pycocoevalcap>=1.2,<2"]
 
+
+def wants_kernels() -> bool:
+    """Whether installing here compiles the kernels."""
+    return bool(os.environ.get("PARLANCE_CUDA_ARCHS")) or Path("/proc/driver/nvidia/version").exists()
+
+
+class BuildWithKernels(build_py):
+    """The Python files, and the compiled kernels beside them; in an editable install that is the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if not wants_kernels():
+            print("parlance: no NVIDIA driver here, so no CUDA kernels; the torch backend needs none (`make kernels`)")
+            return
+        build = runpy.run_path(str(BUILD))
+        folder = ROOT / "kernels" if self.editable_mode else Path(self.build_lib)
+        try:
+            print(f"parlance: CUDA kernels in {build['build'](folder / 'parlance_kernels')}")
+        except build["BuildError"] as error:
+            if os.environ.get("PARLANCE_CUDA_ARCHS"):
+                raise SystemExit(f"parlance: PARLANCE_CUDA_ARCHS asks for CUDA kernels: {error}") from None
+            print(f"parlance: no CUDA kernels, the torch backend needs none: {error}")
+
+
+class WithKernels(Distribution):
+    """A wheel with compiled kernels belongs to one platform."""
+
+    def has_ext_modules(self) -> bool:
+        return wants_kernels()
+
+
 setup(
     name="parlance",
     version="0.1.0",
@@ -59,6 +101,8 @@ setup(
     package_dir={"": "kernels"},
     packages=find_packages("kernels", include=["parlance_kernels*"]),
     package_data={"parlance_kernels": ["py.typed"]},
+    cmdclass={"build_py": BuildWithKernels},
+    distclass=WithKernels,
     install_requires=INSTALL,
     extras_require={
         "dev": DEVELOP,

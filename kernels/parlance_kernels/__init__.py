@@ -1,5 +1,5 @@
-"""Parlance's operators: what a row may see (`SampleMask`), attention under it, early exits, and the fused
-vocabulary loss.
+"""Parlance's operators: what a row may see (`SampleMask`), attention under it, early exits, what
+an early exit asks of logits, and the fused vocabulary loss.
 
 Every operator has its definition in `reference.py` beside `op.py`; tests hold them equal. The backend is
 chosen once by `backend.resolve` and passed explicitly: there is no silent fallback.
@@ -7,8 +7,17 @@ chosen once by `backend.resolve` and passed explicitly: there is no silent fallb
 
 from parlance_kernels.backend import available_backends, resolve
 from parlance_kernels.exit_copy.op import exit_copy
+from parlance_kernels.offramp_stats.op import offramp_stats
 from parlance_kernels.sample_attention.mask import SampleMask
 from parlance_kernels.sample_attention.op import sample_attention
 from parlance_kernels.vocab_loss.op import vocab_loss
 
-__all__ = ["SampleMask", "available_backends", "exit_copy", "resolve", "sample_attention", "vocab_loss"]
+__all__ = [
+    "SampleMask",
+    "available_backends",
+    "exit_copy",
+    "offramp_stats",
+    "resolve",
+    "sample_attention",
+    "vocab_loss",
+]

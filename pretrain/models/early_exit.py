@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parlance_kernels import SampleMask
+from parlance_kernels import SampleMask, offramp_stats
 from pretrain.models.encoder_decoder import EncoderDecoder, VocabHead, writing
 from pretrain.models.layers import DecoderLayer
 from pretrain.models.patterns import FirstRow, mask_rows
@@ -116,7 +116,8 @@ def plan_exits(model: EncoderDecoder, rows: ParallelRows, memory_MD: Tensor, rul
 @torch.no_grad()
 def off_ramp(head: VocabHead, h_LD: Tensor, banned: Sequence[int] = ()) -> Ramp:
     """What a layer's head says about rows that have passed the decoder's last norm; logits exist in blocks alone."""
-    return Ramp(*head(h_LD, reduction=partial(_confidence, banned=list(banned))))
+    statistics = partial(offramp_stats, banned=banned, overwrite=True, backend=head.backend)
+    return Ramp(*head(h_LD, reduction=statistics)[:3])
 
 
 def _leave(
@@ -190,16 +191,3 @@ def _blocks(counts: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tupl
     key_K = np.arange(int(lengths.sum())) + np.repeat(starts - first, lengths)
     table = np.stack([rows - counts, counts, first, lengths, zero, zero, zero, zero], axis=1)
     return key_K, SampleMask.build(table.tolist(), len(key_K))
-
-
-def _confidence(logits_LV: Tensor, banned: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The three of a `Ramp` for a block of logits, which are overwritten."""
-    x_LV = logits_LV.float() if logits_LV.dtype.itemsize < 4 else logits_LV
-    x_LV -= x_LV.amax(dim=1, keepdim=True)
-    e_LV = x_LV.exp()
-    z_L = e_LV.sum(dim=1)
-    # H = ln z - sum(e x) / z. Rounding may take it below 0, which no entropy is: nothing must leave at threshold 0.
-    entropy_L = (z_L.log() - torch.linalg.vecdot(e_LV, x_LV) / z_L).clamp(min=0)
-    x_LV[:, banned] = -torch.inf
-    best = x_LV.max(dim=1)
-    return entropy_L, best.indices, best.values - z_L.log()

@@ -69,12 +69,16 @@ class VocabTargets:
 
 
 class VocabHead(nn.Module):
-    """The projection onto the vocabulary. Its weight is `table`'s: the token table itself at the top of the decoder."""
+    """The projection onto the vocabulary. Its weight is `table`'s: the token table itself at the top of the decoder.
+
+    backend: implementation of the operators that reduce its logits.
+    """
 
     bias_V: Tensor | None
 
-    def __init__(self, table: nn.Embedding, bias: bool) -> None:
+    def __init__(self, table: nn.Embedding, bias: bool, backend: str) -> None:
         super().__init__()
+        self.backend = backend
         self.weight = table.weight
         self.register_buffer("bias_V", torch.zeros(table.num_embeddings) if bias else None)
 
@@ -122,13 +126,13 @@ class EncoderDecoder(nn.Module):
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, [EncoderLayer(config, self.backend) for _ in range(config.encoder_layers)])
         self.decoder = Stack(config, [DecoderLayer(config, self.backend) for _ in range(config.decoder_layers)])
-        self.head = VocabHead(self.shared, config.logits_bias)
+        self.head = VocabHead(self.shared, config.logits_bias, self.backend)
         self.length_head = nn.Linear(config.d_model, config.length_classes, bias=False)
         if config.soft_exit:
             self.feedback = Linear(2 * config.d_model, config.d_model, bias=False)
         own = config.decoder_layers - 1 if config.off_ramps == "separate" else 0
         tables = [nn.Embedding(config.vocab_size, config.d_model) for _ in range(own)]
-        self.ramps = nn.ModuleList(VocabHead(table, config.logits_bias) for table in tables)
+        self.ramps = nn.ModuleList(VocabHead(table, config.logits_bias, self.backend) for table in tables)
         self.apply(self._initialise)
         with torch.no_grad():
             self.shared.weight[ids.pad].zero_()

@@ -3,10 +3,10 @@
 Shapes: U rows of the table, A rows that the layer computed, N rows that leave, S rows that stay, D width.
 """
 
-import torch
 from torch import Tensor
 
 from parlance_kernels.backend import resolve
+from parlance_kernels.exit_copy import cuda
 
 
 def exit_copy(
@@ -24,7 +24,7 @@ def exit_copy(
         table_UD: what the layer read; its first `frozen` rows left in earlier layers and stay as they are.
         out_AD: what it computed.
         left_N, stays_S: int64 rows of `out_AD` that leave, and that go on. A row may be in both (it stands for several
-            copies of a token, of which only some leave) or in neither.
+            copies of a token, of which only some leave) or in neither, but twice in none of them.
         detach: no gradient reaches a state that left through the layers above it.
         backend: a name that `parlance_kernels.resolve` accepts.
 
@@ -34,11 +34,11 @@ def exit_copy(
     Raises:
         ValueError: widths differ or `frozen` is not a number of rows of the table; the backend is unknown.
     """
-    resolve(backend)
+    chosen = resolve(backend)
     if not 0 <= frozen <= len(table_UD) or table_UD.shape[1] != out_AD.shape[1]:
         raise ValueError(
             f"exit_copy: `frozen` must be 0..{len(table_UD)} and both widths {table_UD.shape[1]}, "
             f"got {frozen} and {out_AD.shape[1]}"
         )
-    left_ND, stays_SD = out_AD.index_select(0, left_N), out_AD.index_select(0, stays_S)
-    return torch.cat([table_UD[:frozen], left_ND.detach() if detach else left_ND, stays_SD]), left_ND
+    run = cuda.copy if chosen == "cuda" else cuda.copy_torch
+    return run(table_UD, frozen, out_AD, left_N, stays_S, detach)

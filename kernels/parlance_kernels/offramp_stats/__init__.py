@@ -1,0 +1,1 @@
+"""What an early exit asks of the logits at a layer."""
