@@ -17,10 +17,14 @@ TaskName = Literal["squad_qg", "wiki_first_sentence"]
 
 
 class Round(Section):
-    """Updates of each part. A later round goes on from the earlier one, so it has more of them."""
+    """Updates of each part. A later round goes on from the earlier one, so it has more of them.
+
+    pretraining: of BART and of ELMER, from random weights. continued: of BART, CMLM and JANUS from that BART.
+    """
 
     translation: int = Field(ge=1)
     pretraining: int = Field(ge=1)
+    continued: int = Field(ge=1)
     tuning: int = Field(ge=1)
 
 
@@ -34,7 +38,8 @@ class Translation(Section):
 class Pretraining(Section):
     """Wikipedia and books. config: YAML of `pretrain train`. max_length: tokens of a text. overrides: of each training.
 
-    launch: what starts a training, in place of `python -m pretrain train`.
+    continued: overrides of what begins with the weights of BART. launch: what starts a training, in place of
+    `python -m pretrain train`.
     """
 
     config: str
@@ -43,6 +48,7 @@ class Pretraining(Section):
     workers: int = Field(1, ge=1)
     launch: list[str] = [PYTHON, "-m", "pretrain", "train"]
     overrides: list[str] = []
+    continued: list[str] = []
 
 
 class TaskTuning(Section):
