@@ -69,7 +69,7 @@ class Pretrainings:
         return Claim(
             f"Pre-training with JANUS helps all-at-once tuning more than with CMLM, and that more than BART ({task})",
             "JANUS, Table 7" if task == "squad_qg" else "JANUS, Table 8 (XSum)",
-            "Wikipedia and books. BART from random weights, continued three ways with the same text and updates, as the "
+            "Wikipedia and books. BART from random weights, continued three ways with the same text and updates as the "
             "paper does, then runner `nar`. Updates: BART + continued + tuning.",
             ["", "updates", "validation loss", *(f"{name}, {way}" for way, name in columns), "paper: ROUGE-L"],
             rows,
