@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cksum setup.py pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: install kernels quickstart test check bench bench-writing bench-gpu test-slow test-gpu goldens clean
+.PHONY: install quickstart test check bench bench-writing bench-gpu reproduce reproduce-gpu test-slow test-gpu goldens clean
 
 install: $(STAMP)
 $(STAMP): setup.py pyproject.toml
@@ -12,6 +12,10 @@ $(STAMP): setup.py pyproject.toml
 	$(PY) -m pip install --quiet --upgrade "pip>=23" "setuptools>=68" wheel
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@rm -f $(VENV)/.installed-*; touch $@
+
+.PHONY: kernels
+kernels:                ## compiles the CUDA kernels; needs nvcc, and no GPU; PARLANCE_CUDA_ARCHS='80+PTX;90a'
+	$(PYTHON) kernels/csrc/build.py
 
 quickstart: install     ## text -> JANUS -> fine-tuned AR and NAR -> scores; OBJECTIVE=janus|elmer|cmlm|denoise STEPS=...
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m finetune.quickstart --objective $(or $(OBJECTIVE),janus) $(if $(STEPS),--steps $(STEPS))
@@ -42,8 +46,16 @@ bench-writing: install  ## every way to write beside transformers and CTranslate
 bench-gpu: install kernels ## every figure of this machine's GPU; ARGS='--suite attn,loss,exit,step,loader,latency'
 	$(PY) kernels/bench/gpu.py $(ARGS)
 
-kernels:                ## compiles the CUDA kernels; needs nvcc, and no GPU; PARLANCE_CUDA_ARCHS='80+PTX;90a'
-	$(PYTHON) kernels/csrc/build.py
+# Where multi30k/, squad_qg/, wikipedia_en/ and books/ lie.
+DATA ?= $(or $(PARLANCE_TEST_DATA),../shared/data)
+STUDY = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m finetune reproduce
+
+reproduce: install      ## the papers' claims on two cores -> RESULTS.md; HOURS=3 ONLY='train/multi30k ...' DATA=DIR
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
+	$(STUDY) configs/reproduce/cpu.yaml data=$(DATA) --hours $(or $(HOURS),3) $(if $(ONLY),--only $(ONLY))
+
+reproduce-gpu: install  ## the same, larger, on a GPU -> RESULTS-gpu.md
+	$(STUDY) configs/reproduce/gpu.yaml data=$(DATA) --out RESULTS-gpu.md $(if $(HOURS),--hours $(HOURS)) $(if $(ONLY),--only $(ONLY))
 
 goldens: install        ## writes the golden curves anew: say why in the commit
 	$(PY) -m pytest --update-goldens tests/pretrain/objectives/test_golden_curves.py

@@ -36,6 +36,7 @@ INSTALL = [
     "tqdm>=4.66,<5",
     "psutil>=5.9,<8",
     "pillow>=10,<14",
+    "matplotlib>=3.9,<4",
     "packaging>=22,<28",
     "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.4,<3",

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line.run(
         "finetune",
         "Tune a hand-off bundle for a task, write texts with it, score them.",
-        (_begin, _train, _generate, _score, _sweep_threshold, _stats, _report),
+        (_begin, _train, _generate, _score, _sweep_threshold, _stats, _report, _reproduce),
         arguments,
     )
 
@@ -117,7 +117,10 @@ def _generate(commands: Commands) -> None:
 
 
 def _layers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers of layers with commas between, got {text!r}") from None
 
 
 def _run_generate(given: argparse.Namespace) -> None:
@@ -147,6 +150,11 @@ def _score(commands: Commands) -> None:
         "--src", metavar="FILE", help="one source a line; coco_* and meteor take lines with the same one as one item"
     )
     parser.add_argument("--against", metavar="FILE", help="texts of another system: paired bootstrap, p-values")
+    parser.add_argument(
+        "--fix-tokenization",
+        action="store_true",
+        help="coco_* and meteor of texts that are tokens of BERT-uncased: make words of them first, as GLGE does",
+    )
     parser.add_argument("--no-stemmer", action="store_true", help="compare words in ROUGE, not their Porter stems")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run_score)
@@ -158,7 +166,8 @@ def _run_score(given: argparse.Namespace) -> None:
     if not given.task and not given.metrics:
         raise UsageError("`score` must be given `--task` or `--metrics`, got neither")
     metrics = given.metrics.split(",") if given.metrics else []
-    score_files(given.hyp, given.ref, given.task, metrics, given.src, given.against, not given.no_stemmer, given.json)
+    files = given.hyp, given.ref, given.task, metrics, given.src, given.against
+    score_files(*files, not given.no_stemmer, given.json, given.fix_tokenization)
 
 
 def _sweep_threshold(commands: Commands) -> None:
@@ -216,6 +225,7 @@ def _report(commands: Commands) -> None:
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 5], metavar="B", help="of --mode ar")
     parser.add_argument("--iterations", type=int, nargs="+", default=[0, 1, 4, 10], metavar="K", help="of --mode nar")
     parser.add_argument("--metrics", metavar="A,B,..", help="score by these, not by those of the task")
+    parser.add_argument("--cards", action="store_true", help="put the scores into the model card of each bundle, too")
     parser.add_argument("--restart", action="store_true", help="write again what an earlier call has written")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.set_defaults(run=_run_report)
@@ -226,7 +236,25 @@ def _run_report(given: argparse.Namespace) -> None:
 
     numbers = given.sentences, given.shown, given.split, given.beams, given.iterations
     metrics = given.metrics.split(",") if given.metrics else []
-    report(given.runs, given.out, *numbers, given.device, given.restart, metrics)
+    report(given.runs, given.out, *numbers, given.device, given.restart, metrics, given.cards)
+
+
+def _reproduce(commands: Commands) -> None:
+    parser = commands.add_parser("reproduce", help="train and score what the papers claim; killed, it goes on")
+    parser.add_argument("config", metavar="STUDY", help="YAML file: configs/reproduce/cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data=DIR or jobs=4")
+    parser.add_argument("--hours", type=float, metavar="H", help="save and stop after them; default: when all is done")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="STEP", help="beginnings of steps' names, for example train/multi30k"
+    )
+    parser.add_argument("--out", default="RESULTS.md", metavar="FILE", help="the page; default RESULTS.md")
+    parser.set_defaults(run=_run_reproduce)
+
+
+def _run_reproduce(given: argparse.Namespace) -> None:
+    from finetune.reproduce.command import reproduce
+
+    reproduce(given.config, given.overrides, given.hours, given.only, given.out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pretrain.bundles.bundle import check_replaceable, write_bundle
 from pretrain.bundles.description import Description
 from pretrain.config import ModelConfig, Section
 from pretrain.data.tokenizer import TextTokenizer, check_vocab_size, train_bpe
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, DataError
 from pretrain.models import EncoderDecoder
 from pretrain.models.patterns import ArLayout
 
@@ -61,6 +61,8 @@ def begin(
     folder = Path(settings.bundle if out is None else out)
     check_replaceable(folder)
     pairs = tasks.build(settings.task).pairs("train")
+    if not any(pair.source or pair.target for pair in pairs):
+        raise DataError(f"the training pairs must hold at least one word, all {len(pairs)} are empty")
     made = _tokenizer(pairs, tokenizer, train_vocab)
     model = _sized(shape, made)
     rng.seed(settings.seed)

@@ -1,24 +1,35 @@
-"""Charts for a page and for print, drawn with pillow: nothing larger is installed.
+"""Charts for a page and for print, drawn with matplotlib but without pyplot and its global state.
 
 Series differ in colour, marker and dashes, so that they can be told apart in grey and by the colour-blind (colours of
 Okabe and Ito 2008). Parts of a bar have an order and go from dark to light. Lengths are points, `PIXELS` pixels each.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image
+import numpy as np
 
-from finetune.scale import Scale, linear, logarithmic
-from finetune.tile import GRID, HEIGHT, INK, LARGE, PIXELS, WIDTH, Look, Tile
 from pretrain.checkpoints.commit import disk_errors
 
-EDGE, LEFT, LINE = 10, 44, 15  # margins, and the height of a line of text
-DARK, LIGHT = (0, 52, 98), (233, 226, 190)  # ends of a bar's parts, as in cividis: luminance alone tells them apart
-BARS, WIDEST = 0.66, 72  # share of its room that a bar takes, and its largest width
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+WIDTH, HEIGHT, PIXELS = 420, 340, 2
+EDGE, FONT, LARGE, THIN = 8, 9, 11, 0.6
+GRID, INK = "#dee0e4", "#282a2e"
+# Okabe and Ito's, without yellow, which white paper swallows; neighbours differ in luminance too.
+COLOURS = ("#0072b2", "#e69f00", "#00805e", "#d55e00", "#141414", "#56b4e9", "#be6496")
+MARKERS = ("o", "s", "^", "D", "v", "X", "p")
+DASHES = (0, (4.0, 2.0))
+LONGEST = 56  # letters of a name or title that a chart has room for
+BAR, ROOM = 0.66, 80  # share of its room that a bar takes; letters that stand beside each other below an axis
+# Where a label may stand beside its point, best first: (to the right, up), 0 is centred.
+PLACES = tuple((x, y * far) for far in (1, 2) for x, y in ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1)))
 
 
 @dataclass(frozen=True)
@@ -60,116 +71,199 @@ class Plane:
 
 def draw(panels: Sequence[Panel | Plane], path: Path) -> None:
     """Writes the charts, two beside each other, as a PNG; raises DiskError if it cannot be written."""
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    image = Image.new("RGB", (columns * WIDTH * PIXELS, rows * HEIGHT * PIXELS), "white")
-    for index, panel in enumerate(panels):
-        tile = Tile()
-        if isinstance(panel, Plane):
-            _plane(tile, panel)
-        else:
-            _panel(tile, panel)
-        image.paste(tile.image(), (index % columns * WIDTH * PIXELS, index // columns * HEIGHT * PIXELS))
+    figure = compose(panels)
     with disk_errors(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.tmp")
         try:
-            image.save(unfinished, format="PNG", dpi=(72 * PIXELS, 72 * PIXELS))
+            # Without the name of the library, so that the same charts are the same file.
+            figure.savefig(unfinished, format="png", dpi="figure", metadata={"Software": None})
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
 
 
-def _panel(tile: Tile, panel: Panel) -> None:
-    stacked = panel.kind == "stacked"
-    columns = [sum(values) for values in zip(*panel.series.values(), strict=True)]
-    values = columns if stacked else [value for line in panel.series.values() for value in line]
-    looks = [
-        Look.part(number, len(panel.series), DARK, LIGHT) if stacked else Look.series(number)
-        for number in range(len(panel.series))
-    ]
-    legend = [] if list(panel.series) == ["all"] else list(zip(panel.series, looks, strict=True))
-    x0, x1 = LEFT, WIDTH - EDGE
-    step = (x1 - x0) / len(panel.names)
-    names = [tile.wrapped(name, step - 4) for name in panel.names]
-    below = EDGE + LINE * max(name.count("\n") + 1 for name in names)
-    y0, y1 = _frame(tile, panel.title, "", legend, below)
-    up = linear([0.0, *values]).onto(y0, y1)
-    _horizontal(tile, up, x0, x1)
-    centres = [x0 + step * (index + 0.5) for index in range(len(names))]
-    for centre, name in zip(centres, names, strict=True):
-        tile.text((centre, y0 + 5), name, anchor="ma")
-    base = [0.0] * len(centres)
-    for line, look in zip(panel.series.values(), looks, strict=True):
-        if not stacked:
-            _curve(tile, [(x, up(value)) for x, value in zip(centres, line, strict=True)], look)
-            continue
-        for index, (x, value) in enumerate(zip(centres, line, strict=True)):
-            half = min(step * BARS, WIDEST) / 2
-            tile.bar(x - half, up(base[index] + value), x + half, up(base[index]), look)
-            base[index] += value
+def compose(panels: Sequence[Panel | Plane]) -> "Figure":
+    """The charts on paper: a subfigure each, with its axes and, outside of them, its legend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    layout = ConstrainedLayoutEngine(w_pad=EDGE / 72, h_pad=EDGE / 72, hspace=0.0)
+    figure = Figure((columns * WIDTH / 72, rows * HEIGHT / 72), dpi=72 * PIXELS, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    tiles = figure.subfigures(rows, columns, squeeze=False, wspace=0, hspace=0).flatten()
+    for tile, panel in zip(tiles, panels, strict=False):
+        axes = _axes(tile, panel.title)
+        _legend(tile, _plane(axes, panel) if isinstance(panel, Plane) else _panel(axes, panel))
+    figure.draw_without_rendering()  # now every point has its place, and labels find theirs
+    for tile, panel in zip(tiles, panels, strict=False):
+        if isinstance(panel, Plane) and any(curve.labels for curve in panel.curves):
+            _labels(tile.axes[0], panel.curves)
+    return figure
 
 
-def _plane(tile: Tile, plane: Plane) -> None:
-    looks = [Look.series(one.look, one.dashed, one.marked, len(one.points) > 1) for one in plane.curves]
-    legend = [(curve.name, look) for curve, look in zip(plane.curves, looks, strict=True) if curve.name]
-    x0, x1 = LEFT, WIDTH - 2 * EDGE
-    y0, y1 = _frame(tile, plane.title, plane.y_label, legend, 2 * LINE + 6)
-    points = [point for curve in plane.curves for point in curve.points]
-    along = (logarithmic if plane.log_x else linear)([x for x, _ in points]).onto(x0, x1)
-    up = linear([y for _, y in points]).onto(y0, y1)
-    _horizontal(tile, up, x0, x1)
-    for value, text in along.ticks:
-        tile.line([(along(value), y0), (along(value), y1)], GRID)
-        tile.text((along(value), y0 + 5), text, anchor="ma")
-    tile.text(((x0 + x1) / 2, y0 + 5 + LINE), plane.x_label, anchor="ma")
-    placed = [[(along(x), up(y)) for x, y in curve.points] for curve in plane.curves]
-    for spots, look in zip(placed, looks, strict=True):
-        _curve(tile, spots, look)
-    for curve, spots in zip(plane.curves, placed, strict=True):
-        if curve.labels:
-            tile.keep_clear(spots)
-    for curve, spots in zip(plane.curves, placed, strict=True):
-        for spot, label in zip(spots, curve.labels, strict=False):
-            tile.label(spot, label, (x0, y1, x1, y0))
+def round_ticks(values: Sequence[float]) -> np.ndarray:
+    """Evenly spaced round numbers, `values` between the first and the last; from 0 where they are not far from it."""
+    low, high = min(values), max(values)
+    if 0 <= low <= high / 2:
+        low = 0.0
+    if low == high:
+        low, high = low - abs(low) / 10, high + (abs(high) / 10 or 1.0)
+    return _around(low, high)
 
 
-def _frame(
-    tile: Tile, title: str, y_label: str, legend: Sequence[tuple[str, Look]], below: float
-) -> tuple[float, float]:
-    """Draws title and legend; returns where the axis of values begins and ends. below: room for the other axis."""
-    tile.text((EDGE, EDGE), title, size=LARGE)
-    if y_label:
-        tile.text((EDGE, EDGE + LARGE + 7), y_label)
-    rows: list[list[tuple[str, Look]]] = []
-    used = 0.0
-    for name, look in legend:
-        shown = tile.shortened(name, WIDTH - 2 * EDGE - Tile.SAMPLE)
-        width = Tile.SAMPLE + tile.width(shown) + 2 * EDGE
-        if not rows or used + width > WIDTH - EDGE:
-            rows.append([])
-            used = EDGE
-        rows[-1].append((shown, look))
-        used += width
-    top = HEIGHT - EDGE - LINE * len(rows)
-    for number, row in enumerate(rows):
-        x = float(EDGE)
-        for name, look in row:
-            x = tile.sample((x, top + LINE * (number + 0.5)), name, look) + 2 * EDGE
-    return top - below - 4, EDGE + LARGE + (LINE if y_label else 0) + 16
+def log_ticks(values: Sequence[float]) -> tuple[float, float, np.ndarray]:
+    """(low, high, round numbers between them) of a logarithmic axis a little wider than the positive `values`."""
+    low, high = min(values) / 1.3, max(values) * 1.3
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    factors = (1, 2, 5) if high / low < 100 else (1,)
+    ticks = _around(low, high) if high / low < 10 else np.outer(decades, factors).ravel()
+    return low, high, ticks[(low <= ticks) & (ticks <= high)]
 
 
-def _horizontal(tile: Tile, up: Scale, x0: float, x1: float) -> None:
-    for value, text in up.ticks:
-        tile.line([(x0, up(value)), (x1, up(value))], GRID)
-        tile.text((x0 - 5, up(value)), text, anchor="rm")
-    tile.line([(x0, up(up.low)), (x1, up(up.low))], INK)
+def _around(low: float, high: float) -> np.ndarray:
+    """Evenly spaced round numbers from at most `low` to at least `high`, two or more of them between."""
+    from matplotlib.ticker import MaxNLocator
+
+    ticks = np.asarray(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+    step = ticks[1] - ticks[0]
+    return np.round(ticks / step) * step  # no 1e-17 for 0
 
 
-def _curve(tile: Tile, spots: Sequence[tuple[float, float]], look: Look) -> None:
-    for one, two in pairwise(spots) if not look.dashed else ():
-        tile.line([one, two], look.colour, look.width)
-    if look.dashed:
-        tile.dashes(spots, look.colour, look.width)
-    for spot in spots if look.marked else spots[-1:]:
-        tile.marker(spot, look)
+def _axes(tile: "SubFigure", title: str) -> "Axes":
+    axes: Axes = tile.subplots()
+    axes.set_title(_shown(title), loc="left", fontsize=LARGE, color=INK)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set(color=INK, linewidth=THIN)
+    axes.grid(color=GRID, linewidth=THIN)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0, labelsize=FONT, labelcolor=INK)
+    axes.yaxis.set_major_formatter("{x:,.10g}")
+    return axes
+
+
+def _panel(axes: "Axes", panel: Panel) -> dict[str, Any]:
+    """Draws it; returns {name: what stands for it in the legend}."""
+    import matplotlib
+
+    legend: dict[str, Any] = {}
+    places, base = np.arange(len(panel.names)), np.zeros(len(panel.names))
+    dark_to_light = matplotlib.colormaps["cividis"](np.linspace(0.0, 0.95, len(panel.series)))
+    for number, (name, values) in enumerate(panel.series.items()):
+        if panel.kind == "lines":
+            (legend[name],) = axes.plot(places, values, **_look(number))
+        else:
+            style = {"color": dark_to_light[number], "edgecolor": "white", "linewidth": THIN}
+            legend[name] = axes.bar(places, values, BAR, base, **style)
+            base += values
+    heights = [base] if panel.kind == "stacked" else list(panel.series.values())
+    _hold(axes, [0.0, *np.concatenate(heights).tolist()])
+    axes.grid(visible=False, axis="x")
+    axes.set_xlim(-0.5, len(places) - 0.5)
+    room = max(8, ROOM // len(places))
+    axes.set_xticks(places, ["\n".join(textwrap.wrap(_shown(name), room)) for name in panel.names])
+    return {} if list(legend) == ["all"] else legend
+
+
+def _plane(axes: "Axes", plane: Plane) -> dict[str, Any]:
+    """Draws it; returns {name: what stands for it in the legend}."""
+    legend: dict[str, Any] = {}
+    for curve in plane.curves:
+        x, y = zip(*curve.points, strict=True)
+        marks = None if curve.marked else [len(x) - 1]
+        (line,) = axes.plot(x, y, markevery=marks, **_look(curve.look, curve.dashed))
+        if curve.name:
+            legend[curve.name] = line
+    _hold(axes, [y for curve in plane.curves for _, y in curve.points])
+    along = [x for curve in plane.curves for x, _ in curve.points]
+    if plane.log_x:
+        axes.set_xscale("log")
+        low, high, ticks = log_ticks(along)
+        axes.set_xlim(low, high)
+    else:
+        ticks = round_ticks(along)
+        axes.set_xlim(ticks[0], ticks[-1])
+    axes.set_xticks(ticks)
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter("{x:,.10g}")
+    axes.set_xlabel(_shown(plane.x_label), fontsize=FONT, color=INK)
+    axes.set_ylabel(_shown(plane.y_label), fontsize=FONT, color=INK)
+    return legend
+
+
+def _hold(axes: "Axes", values: Sequence[float]) -> None:
+    ticks = round_ticks(values)
+    axes.set_ylim(ticks[0], ticks[-1])
+    axes.set_yticks(ticks)
+
+
+def _look(number: int, dashed: bool = False) -> dict[str, Any]:
+    """Of the `number`-th series: the first 49 all differ."""
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES if dashed else "-", "linewidth": 1.6}
+    edge = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.8, "clip_on": False}
+    return {**style, **edge, "marker": marker}
+
+
+def _legend(tile: "SubFigure", entries: Mapping[str, Any]) -> None:
+    """Below the axes, in as many columns as the tile is wide."""
+    for columns in range(len(entries), 0, -1):
+        legend = tile.legend(
+            list(entries.values()),
+            [_shown(name) for name in entries],
+            loc="outside lower left",
+            ncols=columns,
+            frameon=False,
+            fontsize=FONT,
+            labelcolor=INK,
+            columnspacing=1.2,
+            borderpad=0,
+            borderaxespad=EDGE / FONT,
+        )
+        if columns == 1 or legend.get_window_extent().width <= (WIDTH - 2 * EDGE) * PIXELS:
+            break
+        legend.remove()
+
+
+def _labels(axes: "Axes", curves: Sequence[Curve]) -> None:
+    """Writes labels beside their points, each where it covers least of other labels, markers and lines."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    spots = [axes.transData.transform(curve.points) for curve in curves]
+    half = 4.0 * PIXELS
+    taken = [Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half) for points in spots for x, y in points]
+    lines = [np.linspace(a, b, 60) for points in spots for a, b in pairwise(points)]
+    on_lines = np.concatenate([*lines, np.empty((0, 2))])
+    for curve in curves:
+        for point, text in zip(curve.points, curve.labels, strict=False):
+            note = axes.annotate(
+                _shown(text), point, (0, 0), textcoords="offset points", fontsize=FONT, color=INK, in_layout=False,
+                path_effects=[withStroke(linewidth=2, foreground="white")],
+            )  # fmt: skip
+
+            def covered(place: tuple[float, float], note: Any = note) -> float:
+                _put(note, place)
+                box = note.get_window_extent()
+                inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and axes.bbox.y0 < box.y0
+                return 50 * box.count_overlaps(taken) + box.count_contains(on_lines) + 200 * (not inside)
+
+            _put(note, min(PLACES, key=covered))
+            taken.append(note.get_window_extent())
+
+
+def _put(note: Any, place: tuple[float, float]) -> None:
+    """Moves a label to a place of `PLACES`."""
+    x, y = place
+    note.set(x=6 * x, y=6 * y)
+    note.set(ha=("right", "center", "left")[int(np.sign(x)) + 1], va=("top", "center", "bottom")[int(np.sign(y)) + 1])
+
+
+def _shown(name: str) -> str:
+    """`name` as letters and no formula, its middle left out where it is too long."""
+    half = LONGEST // 2
+    short = name if len(name) <= LONGEST else f"{name[: half - 1]}...{name[-half + 2 :]}"
+    return short.replace("$", r"\$")

@@ -18,29 +18,45 @@ class PairCorpus:
     would teach the model to stop early. Both limits count BOS and EOS. Pairs with an empty side are left out, too: they
     teach to write nothing, or something from nothing. cut, left_out, empty: how many pairs that befell.
 
+    Args:
+        name: what an error calls the pairs.
+
     Raises:
         DataError: no pair is left.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], tokenizer: TextTokenizer, ids: SpecialIds, max_source: int, max_target: int
+        self,
+        pairs: Sequence[Pair],
+        tokenizer: TextTokenizer,
+        ids: SpecialIds,
+        max_source: int,
+        max_target: int,
+        name: str = "pairs",
     ) -> None:
         self.ids = ids
         sources = tokenizer.encode_batch([pair.source for pair in pairs])
         targets = tokenizer.encode_batch([pair.target for pair in pairs])
         full = [index for index in range(len(pairs)) if len(sources[index]) and len(targets[index])]
         kept = [index for index in full if len(targets[index]) + 2 <= max_target]
+        self.empty, self.left_out = len(pairs) - len(full), len(full) - len(kept)
         if not kept:
             raise DataError(
-                "at least one pair must have a source and "
-                f"a target of at most {max_target} tokens, none of {len(pairs)} has"
+                f"at least one of the {name} must have a source and a target of at most {max_target} tokens, none of "
+                f"{len(pairs)} has: {self.empty} have an empty side, {self.left_out} a longer target"
             )
-        self.empty, self.left_out = len(pairs) - len(full), len(full) - len(kept)
         self.cut = sum(len(sources[index]) + 2 > max_source for index in kept)
         self._sources = _Ragged([sources[index][: max_source - 2] for index in kept])
         self._targets = _Ragged([targets[index] for index in kept])
         self.sizes = [len(kept)]
         self.longest = max(self.length(0, index) for index in range(len(kept)))
+
+    def befell(self, max_source: int, max_target: int) -> str:
+        """What happened to the pairs, for people."""
+        return (
+            f"{self.cut} sources cut to {max_source} tokens, {self.left_out} targets longer than {max_target} and "
+            f"{self.empty} empty pairs left out"
+        )
 
     def length(self, source: int, index: int) -> int:
         """Tokens of the longer side of a pair with BOS and EOS: what it asks of a micro-batch."""

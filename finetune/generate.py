@@ -12,6 +12,7 @@ import torch
 
 from finetune.corpus import enclose
 from finetune.decoding import Drafts, Exits, Generated
+from finetune.decoding.common import added
 from finetune.runners import Runner
 from finetune.runners.exits import trained_with
 from finetune.tasks import one_line
@@ -21,13 +22,17 @@ from pretrain.errors import UsageError
 from pretrain.models import EncoderDecoder, SourceRows
 from pretrain.models.rows import to_device
 
-# Of which modes a bundle must have one for each --mode; plain BART writes left to right on its content stream.
-NEEDS = {
-    "ar": ("ar", "causal"),
-    "nar": ("nar",),
-    "hard_exit": ("hard_exit",),
-    "soft_exit": ("soft_exit",),
-    "draft": ("ar",),
+# What modes a bundle must have for each --mode, of several alternatives one; plain BART writes left to right on its
+# content stream.
+NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "ar": (("ar",), ("causal",)),
+    "nar": (("nar",),),
+    "hard_exit": (("hard_exit",),),
+    "soft_exit": (("soft_exit",),),
+    "draft": (("ar", "nar"),),
+}
+HINTS = {
+    "draft": ": NAR drafts what AR verifies; `python -m finetune train` with `runner.name=janus` trains both",
 }
 
 
@@ -63,8 +68,8 @@ class Written:
             self.max_source,
             self.cut + other.cut,
             self.repeats + other.repeats,
-            self.exits + other.exits if self.exits and other.exits else self.exits or other.exits,
-            self.drafts + other.drafts if self.drafts and other.drafts else self.drafts or other.drafts,
+            added(self.exits, other.exits),
+            added(self.drafts, other.drafts),
             self.sentences + other.sentences,
             n_best=self.n_best,
         )
@@ -115,10 +120,7 @@ def write_texts(
         made: Generated = runner.generate(model, source)  # results are on the host, so the device is done
         seconds += time.perf_counter() - started
         passes[made.passes] += 1
-        if made.exits:
-            exits = made.exits if exits is None else exits + made.exits
-        if made.drafts:
-            drafts = made.drafts if drafts is None else drafts + made.drafts
+        exits, drafts = added(exits, made.exits), added(drafts, made.drafts)
         n_best = made.n_best
         owners = [index for index in batch for _ in range(n_best)]
         for index, tokens, score in zip(owners, made.tokens, made.scores, strict=True):
@@ -150,15 +152,13 @@ def without_repeats(tokens: np.ndarray) -> np.ndarray:
 
 def check_mode(description: Description, bundle_path: str, mode: str, options: Mapping[str, Any]) -> None:
     """Raises UsageError if the bundle cannot write in `mode` with these options of its decoder."""
-    modes = description.modes
-    if mode == "draft" and not {"ar", "nar"} <= set(modes):
+    if not any(set(one) <= set(description.modes) for one in NEEDS[mode]):
+        wanted = " or ".join(" and ".join(one) for one in NEEDS[mode])
+        several = "s" if any(len(one) > 1 for one in NEEDS[mode]) else ""
         raise UsageError(
-            f"`--mode` draft needs a bundle with modes ar and nar, `{bundle_path}` has {', '.join(modes)}: NAR drafts "
-            "what AR verifies; `python -m finetune train` with `runner.name=draft` trains both"
+            f"`--mode` {mode} needs a bundle with mode{several} {wanted}, `{bundle_path}` has "
+            f"{', '.join(description.modes)}{HINTS.get(mode, '')}"
         )
-    if not set(NEEDS[mode]) & set(modes):
-        wanted = " or ".join(NEEDS[mode])
-        raise UsageError(f"`--mode` {mode} needs a bundle with mode {wanted}, `{bundle_path}` has {', '.join(modes)}")
     if mode == "nar" and not description.length_trained:
         raise UsageError(
             f"`--mode` nar needs a trained length predictor, that of `{bundle_path}` never was: tune the bundle first, "

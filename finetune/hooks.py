@@ -19,6 +19,11 @@ from pretrain.runs import write_text
 from pretrain.watch.tensorboard import TensorBoard, plain
 
 
+def written_tag(mode: str, *name: str) -> str:
+    """The name in TensorBoard of what was measured of texts written in `mode`, or of their table."""
+    return "/".join(("written", mode, *name))
+
+
 class WrittenTexts:
     """Writes the texts of validation pairs in every way and scores them.
 
@@ -32,7 +37,7 @@ class WrittenTexts:
         ways: {mode: what writes so}.
         metrics: names in `finetune.score`.
         max_source: as in `write_texts`.
-        scores: takes what is measured, under its name in TensorBoard.
+        scores: takes what is measured, under its name in TensorBoard, and `written/pairs`, on how many pairs it was.
     """
 
     def __init__(
@@ -66,23 +71,22 @@ class WrittenTexts:
                 for mode, runner in self.ways.items()
             }
         if self.board is not None:
+            self.scores["written/pairs"] = len(self.pairs)
             for mode, made in written.items():
                 self._measure(report.step, mode, made, self.board)
             self._show(report.step, written, self.board)
 
     def _measure(self, step: int, mode: str, written: Written, board: TensorBoard) -> None:
         targets = [pair.target for pair in self.pairs]
-        values = dict(score(written.texts, targets, self.metrics).values)
-        words, wanted = (sum(len(text.split()) for text in texts) for texts in (written.texts, targets))
-        found = {**values, "length_ratio": words / max(1, wanted)}
+        found = score(written.texts, targets, [*self.metrics, "length_ratio"]).values
+        told = " ".join(f"{name} {found[name]:.1f}" for name in self.metrics)
         if written.exits:
             found["exit_layer"] = written.exits.mean
-            board.histogram(step, f"written/{mode}/exits", exit_layers(written.exits))
-        tagged = {f"written/{mode}/{name}": value for name, value in found.items()}
+            board.histogram(step, written_tag(mode, "exits"), exit_layers(written.exits))
+        tagged = {written_tag(mode, name): value for name, value in found.items()}
         board.scalars(step, tagged)
         self.scores.update(tagged)
         if self.note:
-            told = " ".join(f"{name} {value:.1f}" for name, value in values.items())
             self.note(f"{mode} at step {step}: {told}; {written.report()}")
 
     def _show(self, step: int, written: Mapping[str, Written], board: TensorBoard) -> None:
@@ -95,7 +99,7 @@ class WrittenTexts:
         for mode, made in written.items():
             shown = zip(self.pairs[: self.shown], made.texts[: self.shown], strict=True)
             rows = [[plain(text) for text in (pair.source, pair.target, own)] for pair, own in shown]
-            board.table(step, f"written/{mode}", ("source", "target", "written"), rows)
+            board.table(step, written_tag(mode), ("source", "target", "written"), rows)
 
 
 def exit_layers(exits: Exits) -> torch.Tensor:

@@ -47,10 +47,9 @@ class Partial:
         self.target, self.identity, self.keep = target, dict(identity), keep
         self.path = target.with_name(f"{target.name}.partial")
         self.record = target.with_name(f"{target.name}.partial.json")
-        if target.exists() and not target.is_file():
-            raise UsageError(f"`{target}` must be a file or new, to be written to")
         self.lines = self.bytes = 0
         try:
+            check_place(target)
             target.absolute().parent.mkdir(parents=True, exist_ok=True)
             began = not self.path.exists()
             self.file = os.fdopen(_held(self.path), "r+b")
@@ -64,7 +63,10 @@ class Partial:
                 self.file.close()
                 raise
         except OSError as error:
-            raise as_disk_error(error, self.path) from None
+            problem = as_disk_error(error, self.path)
+            if problem is error:
+                problem = UsageError(f"`{target}` cannot be written: {error.strerror}")
+            raise problem from None
 
     def append(self, text: bytes, lines: int) -> None:
         """Adds a piece that stands for `lines` of the input."""
@@ -122,6 +124,15 @@ class Partial:
         if size < count:
             raise DataError(f"`{self.path}` must have at least {count} bytes, it has {size}; `--restart` begins anew")
         self.lines, self.bytes = lines, count
+
+
+def check_place(target: Path) -> None:
+    """Raises UsageError where no file can be at `target`, before anybody works for it."""
+    above = next(one for one in target.absolute().parents if one.exists())
+    if not above.is_dir():
+        raise UsageError(f"`{target}` must be a file or new, to be written to; `{above}` is no folder")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"`{target}` must be a file or new, to be written to")
 
 
 def _held(path: Path) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune.config import Selection, TuneTrainConfig
+from finetune.hooks import written_tag
 from pretrain.bundles.handoff import read_weights
 from pretrain.checkpoints.checkpoint import read_progress
 from pretrain.checkpoints.commit import Store
@@ -56,18 +57,20 @@ def check(train: TuneTrainConfig, metrics: Sequence[str], modes: Collection[str]
 
 def tag(select: Selection, modes: Sequence[str]) -> str:
     """The name in TensorBoard of what is selected by."""
-    return LOSS_TAG if select.metric == LOSS else f"written/{select.mode or modes[0]}/{select.metric}"
+    return LOSS_TAG if select.metric == LOSS else written_tag(select.mode or modes[0], select.metric)
 
 
 def candidates(store: Store) -> list[Candidate]:
     """The intact checkpoints that were due, oldest first."""
-    found = []
-    for path in store.intact():
-        content = read_progress(path)["progress"]
-        if isinstance(content.get("scores"), dict):
-            scores = {name: float(value) for name, value in content["scores"].items() if type(value) in (int, float)}
-            found.append(Candidate(path, Progress.from_json(content), scores))
-    return found
+    return [found for path in store.intact() if (found := _candidate(path))]
+
+
+def _candidate(path: Path) -> Candidate | None:
+    content = read_progress(path)["progress"]
+    if not isinstance(content.get("scores"), dict):
+        return None
+    scores = {name: float(value) for name, value in content["scores"].items() if type(value) in (int, float)}
+    return Candidate(path, Progress.from_json(content), scores)
 
 
 def choose(given: Sequence[Candidate], train: TuneTrainConfig, modes: Sequence[str]) -> list[Candidate]:
@@ -87,6 +90,17 @@ def spare(store: Store, train: TuneTrainConfig, modes: Sequence[str]) -> set[str
     return {one.path.name for one in choose(candidates(store), train, modes)}
 
 
+def end_of_training(store: Store, weights: dict[str, Tensor], progress: Progress) -> Chosen:
+    """`weights`, which training ended with, and what the checkpoint of that step keeps of its scores."""
+    kept = [_candidate(path) for path in store.commits()[-1:]]
+    return Chosen(weights, progress, _measured([one for one in kept if one and one.progress.step == progress.step]))
+
+
+def _measured(picked: Sequence[Candidate]) -> dict[str, Any]:
+    """What provenance.json says of the checkpoints in a bundle. scores: {name in TensorBoard: value} of each."""
+    return {"checkpoints": [one.progress.step for one in picked], "scores": [dict(one.scores) for one in picked]}
+
+
 def chosen_weights(store: Store, train: TuneTrainConfig, modes: Sequence[str]) -> Chosen:
     """The weights of the chosen checkpoints, or their mean.
 
@@ -100,12 +114,12 @@ def chosen_weights(store: Store, train: TuneTrainConfig, modes: Sequence[str]) -
             f"`{store.run_dir}` must have an intact checkpoint that keeps {wanted}, it has none: "
             "they were saved before `train.select` or `train.average` was given"
         )
-    provenance: dict[str, Any] = {"checkpoints": [one.progress.step for one in picked]}
+    provenance = _measured(picked)
+    shown = f"checkpoints {provenance['checkpoints']}"
     if train.select is not None:
-        name = tag(train.select, modes)
-        provenance |= {"selected_by": name, "scores": [one.scores[name] for one in picked]}
+        name = provenance["selected_by"] = tag(train.select, modes)
+        shown += f" selected_by {name} scores {[one.scores[name] for one in picked]}"
     newest = max((one.progress for one in picked), key=lambda progress: progress.step)
-    shown = " ".join(f"{key} {value}" for key, value in provenance.items())
     print(f"bundle of {shown}", file=sys.stderr, flush=True)
     return Chosen(average([one.path for one in picked]), newest, provenance)
 

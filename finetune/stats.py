@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from finetune import tasks
@@ -45,7 +46,8 @@ def stats(name: str, overrides: Sequence[str], as_json: bool = False) -> None:
     for split, why in missing.items():
         print(f"{split}: {why}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"task": name, "splits": found, "published": _published(task.published)}))
+        published = asdict(task.published) if task.published else None
+        print(json.dumps({"task": name, "splits": found, "published": published}))
     else:
         print("\n".join(table(found, task.published)))
 
@@ -83,9 +85,3 @@ def table(found: Mapping[SplitName, Mapping[str, float]], published: Published |
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return [*lines, f"paper: {paper.source}"] if published else lines
-
-
-def _published(published: Published | None) -> dict[str, Any] | None:
-    if published is None:
-        return None
-    return {"source": published.source, "pairs": dict(published.pairs), "target_words": published.target_words}

@@ -16,9 +16,11 @@ from finetune import runners
 from finetune.charts import Panel, draw
 from finetune.decoding import Exits
 from finetune.generate import Written, check_mode, device_named, write_texts
+from finetune.partial import check_place
 from finetune.scores import score
 from finetune.tasks.pairs import Files, read_pairs
-from pretrain.bundles.bundle import load_bundle
+from pretrain.bundles.bundle import check_outside, load_bundle
+from pretrain.errors import UsageError
 
 METRICS = ("rouge1", "rouge2", "rougeL")
 WARM_UP = 2  # sentences before the first clock: libraries plan for shapes that are new to them
@@ -62,14 +64,15 @@ def sweep_threshold(
         sentences: how many of the pairs; None: all.
 
     Raises:
-        UsageError: the bundle does not write by hard exit with these options.
+        UsageError: the bundle does not write by hard exit with these options, or `picture` is no place for a file.
         CheckpointError, ConfigError, DataError: a bad bundle, option or input.
     """
+    _check(Path(picture), data)
     bundle = load_bundle(bundle_path)
     description = bundle.description
     check_mode(description, bundle_path, "hard_exit", options)
     decodings = [{**options, "threshold": threshold} for threshold in thresholds]
-    ways = [runners.build({"name": "hard_exit", "decoding": decoding}, description) for decoding in decodings]
+    ways = [runners.way("hard_exit", decoding, description) for decoding in decodings]
     pairs = read_pairs(data, "--data")[:sentences]
     model = bundle.model.to(device_named(device))
     sources, longest = [pair.source for pair in pairs], description.longest_source
@@ -79,9 +82,20 @@ def sweep_threshold(
     targets = [pair.target for pair in pairs]
     points = [_point(t, texts, targets) for t, texts in zip(thresholds, zip(*written, strict=True), strict=True)]
     print("\n".join(table(points)), flush=True)
+    cut, empty = sum(texts[0].cut for texts in written), sum(not (pair.source and pair.target) for pair in pairs)
+    if cut or empty:
+        print(f"of the pairs {cut} sources were cut to {longest} tokens, {empty} have an empty side", flush=True)
     draw(panels(points), Path(picture))
     print(f"{picture}: {len(sources)} sentences at {len(points)} threshold(s)", flush=True)
     return points
+
+
+def _check(picture: Path, data: Files) -> None:
+    """Before texts are written for minutes, and before the pairs are."""
+    check_place(picture)
+    if picture.resolve() in [Path(file).resolve() for file in ([data] if isinstance(data, str) else data)]:
+        raise UsageError(f"`--output` must be another file than `--data`, both are `{picture}`")
+    check_outside(picture, "--output")
 
 
 def _point(threshold: float, written: Sequence[Written], targets: Sequence[str]) -> Point:

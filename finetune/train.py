@@ -16,7 +16,7 @@ from pathlib import Path
 from finetune import runners, selection, tasks
 from finetune.config import TuneConfig, with_presets
 from finetune.corpus import PairCorpus
-from finetune.hooks import WrittenTexts
+from finetune.hooks import WrittenTexts, written_tag
 from finetune.runners import Runner, with_modes
 from finetune.tasks import Pair, SplitName
 from pretrain import config, distributed, objectives, rng, runs
@@ -89,7 +89,7 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         distributed.rank_zero(lambda: write_task(run.folder / TASK, data))
         if selects(settings):
             run.spare = partial(selection.spare, train=settings.train, modes=tuple(ways))
-        written = [f"written/{mode}/{metric}" for mode in ways for metric in data.metrics]
+        written = [written_tag(mode, metric) for mode in ways for metric in data.metrics]
         metrics = written if settings.train.sample_every else []
         run.announce(repaired, changed, derived(run, settings, data), metrics=metrics)
         progress = run.train(written_texts(run, settings, bundle, ways, data))
@@ -151,9 +151,10 @@ def hand_over(run: Run, settings: TuneConfig, bundle: Bundle, runner: Runner, da
     )
 
     def write() -> None:
-        chosen = selection.Chosen(weights, progress, {})
         if selects(settings):
             chosen = selection.chosen_weights(run.store, settings.train, modes)
+        else:
+            chosen = selection.end_of_training(run.store, weights, progress)
         provenance = {
             "run": settings.name,
             **chosen.progress.to_json(),
@@ -173,7 +174,8 @@ def hand_over(run: Run, settings: TuneConfig, bundle: Bundle, runner: Runner, da
 
 def derived(run: Run, settings: TuneConfig, data: Data) -> list[str]:
     """What follows from the configuration, for people to check before they wait."""
-    train, pairs, step, steps = data.train, data.pairs, run.progress.step, settings.train.steps
+    train, valid, pairs, step, steps = data.train, data.valid, data.pairs, run.progress.step, settings.train.steps
+    limits = settings.max_source, settings.max_target
     plan = run.stream.plan_step(run.progress.position, run.world.size)
     parameters = sum(math.prod(shape) for shape in run.engine.shapes().values())
     epochs = run.stream.epoch(plan.count * steps)
@@ -181,8 +183,8 @@ def derived(run: Run, settings: TuneConfig, data: Data) -> list[str]:
         f"run {run.folder}: {parameters:,} parameters from {settings.bundle}, runner {settings.runner['name']}, "
         f"{settings.engine.kind} {settings.engine.precision}, {run.world.size} rank(s) on {run.world.device.type}",
         f"task {settings.task['name']}: {len(pairs['train']):,} training, {len(pairs['valid']):,} validation and "
-        f"{len(pairs['test']):,} test pairs; {train.cut} sources cut to {settings.max_source} tokens, "
-        f"{train.left_out} targets longer than {settings.max_target} and {train.empty} empty pairs left out",
+        f"{len(pairs['test']):,} test pairs; {train.befell(*limits)}",
+        *([f"validation: {valid.befell(*limits)}"] if valid and (valid.cut or valid.left_out or valid.empty) else []),
         f"batch: about {plan.count} pairs an update, {len(plan.micro[0])} micro-batch(es) a rank; "
         f"{f'continuing at step {step}' if step else 'starting'}: "
         f"{max(steps - step, 0)} of {steps} updates to do, {epochs:.1f} epochs in all",
@@ -226,8 +228,10 @@ def read_data(settings: TuneConfig, bundle: Bundle) -> Data:
         max_source=settings.max_source,
         max_target=settings.max_target,
     )
-    valid = encode(pairs["valid"]) if pairs["valid"] else None
-    return Data(pairs, encode(pairs["train"]), valid, task.metrics, content_sha256(settings.bundle))
+    valid = encode(pairs["valid"], name="validation pairs") if pairs["valid"] else None
+    return Data(
+        pairs, encode(pairs["train"], name="training pairs"), valid, task.metrics, content_sha256(settings.bundle)
+    )
 
 
 def assemble(settings: TuneConfig, bundle: Bundle, runner: Runner, data: Data) -> tuple[SampleStream, ObjectiveModule]:

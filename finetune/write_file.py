@@ -7,7 +7,6 @@ as one that was not, and the same bytes.
 import gzip
 import hashlib
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -21,9 +20,9 @@ from finetune.generate import Written
 from finetune.partial import BUNDLE, INPUT, Partial
 from finetune.progress import LineProgress
 from finetune.runners import Runner
+from finetune.tasks.pairs import UNREADABLE, unreadable
 from finetune.writer import BATCH_TOKENS, Writer
-from pretrain.bundles.bundle import content_sha256
-from pretrain.config import complete
+from pretrain.bundles.bundle import check_outside, content_sha256
 from pretrain.errors import DataError, Requeue, UsageError
 from pretrain.signals import Signals
 
@@ -63,24 +62,27 @@ def generate(
     """
     if STANDARD not in (source_file, target_file) and Path(target_file).resolve() == Path(source_file).resolve():
         raise UsageError(f"`--output` must be another file than `--input`, both are `{target_file}`")
+    if target_file != STANDARD:
+        check_outside(Path(target_file), "--output")
     writer = Writer(bundle, device)
     nothing = Written([], Counter(), 0.0, writer.description.longest_source)
     windows = _Windows(writer, writer.runner(mode, options), batch_tokens, dedup, scores, nothing)
     if target_file == STANDARD:
         windows.to_stdout(source_file)
     else:
-        of_decoder = complete(runners.REGISTRY, {"name": mode, "decoding": dict(options)}, "runner")["decoding"]
+        of_decoder = runners.decoding(mode, options)
         rest = {"mode": mode, "batch_tokens": batch_tokens, "dedup": dedup, "scores": scores}
         identity = {BUNDLE: content_sha256(bundle), "device": writer.device.type, **of_decoder, **rest}
         windows.to_file(source_file, Path(target_file), identity, restart)
     told = windows.written.report() if windows.written.sentences else "every line was there, nothing was left to write"
+    told += f", {windows.empty} sources empty" if windows.empty else ""
     print(f"{mode}: {told}", file=sys.stderr, flush=True)
     return windows.written
 
 
 @dataclass
 class _Windows:
-    """Texts of lines, window by window. written: what that took so far."""
+    """Texts of lines, window by window. written: what that took so far. empty: lines among them without a word."""
 
     writer: Writer
     runner: Runner
@@ -88,6 +90,7 @@ class _Windows:
     dedup: bool
     scores: bool
     written: Written
+    empty: int = 0
 
     def to_stdout(self, source: str) -> None:
         with LineProgress("generate", None) as progress:
@@ -130,6 +133,7 @@ class _Windows:
         while window := list(islice(lines, max(FEWEST_LINES, self.batch_tokens // 4))):
             made = self.writer.write(window, self.runner, self.batch_tokens, self.dedup, first, told)
             self.written += made
+            self.empty += sum(not line.strip() for line in window)
             yield "".join(f"{line}\n" for line in self._lines(made, first)), len(window)
             first += len(window)
 
@@ -168,5 +172,5 @@ def lines_of(source: str, see: Callable[[bytes], object] = len) -> Iterator[str]
             for line in file:
                 see(line)
                 yield line.decode().removesuffix("\n").removesuffix("\r")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"`{source}` must be a UTF-8 text file: {error}") from None
+    except UNREADABLE as error:
+        raise unreadable(source, error) from None

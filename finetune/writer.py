@@ -83,7 +83,7 @@ class Writer:
         if mode not in NEEDS:
             raise UsageError(f"`mode` must be one of {', '.join(self.modes)} with `{self.path}`, got {mode!r}")
         check_mode(self.description, self.path, mode, options)
-        return runners.build({"name": mode, "decoding": dict(options)}, self.description)
+        return runners.way(mode, options, self.description)
 
     def _can(self, mode: str, options: Mapping[str, Any]) -> bool:
         try:

@@ -269,9 +269,20 @@ def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
+def _named(values: Any, place: Sequence[str | int]) -> list[str]:
+    """The part of `place` that people have written; behind it pydantic names the kinds that a value could be of."""
+    found = []
+    for part in place:
+        if not isinstance(values, Mapping) and not (isinstance(values, list) and isinstance(part, int)):
+            break
+        found.append(str(part))
+        values = values.get(part) if isinstance(values, Mapping) else values[int(part)]
+    return found
+
+
 def _explain(kind: type[BaseModel], values: Any, problem: dict[str, Any]) -> str:
     path = [str(part) for part in problem["loc"]]
-    name = ".".join(path) or kind.__name__
+    name = ".".join(_named(values, problem["loc"])) or kind.__name__
     if problem["type"] == "extra_forbidden":
         section: Any = kind
         for part in path[:-1]:

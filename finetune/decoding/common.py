@@ -5,6 +5,7 @@ Shapes: L rows, D width, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -106,6 +107,14 @@ class Drafts:
             f"{told}, {greedy / drafting:.2f} times as fast as greedy search ({drafting:.2f} s, {greedy:.2f} s), "
             f"{differ} texts differ"
         )
+
+
+TakenT = TypeVar("TakenT", Exits, Drafts)
+
+
+def added(one: TakenT | None, other: TakenT | None) -> TakenT | None:
+    """Both together, or the one that is there."""
+    return one + other if one and other else one or other
 
 
 def check_length(model: EncoderDecoder, max_length: int) -> None:

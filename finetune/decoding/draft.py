@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from finetune.decoding.beam import beam_search
-from finetune.decoding.common import Drafts, Generated, check_length
+from finetune.decoding.common import USUAL_LENGTH, Drafts, Generated, check_length
 from finetune.decoding.left_to_right import ArDecoding
 from pretrain.config import Section
 from pretrain.models import EncoderDecoder, SourceRows
@@ -47,7 +47,7 @@ class DraftDecoding(Section):
     """
 
     block: int = Field(2, ge=1, le=64)
-    max_length: int = Field(64, ge=3)
+    max_length: int = Field(USUAL_LENGTH, ge=3)
     compare: bool = False
 
 
@@ -136,7 +136,7 @@ def _likeliest(model: EncoderDecoder, h_ALKD: Tensor, places_A: Tensor) -> tuple
     def best(logits_LV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_LV = logits_LV.float() if logits_LV.dtype.itemsize < 4 else logits_LV
         total_L, end_L = logits_LV.logsumexp(dim=1), logits_LV[:, ids.eos].clone()
-        logits_LV[:, [ids.bos, ids.pad, ids.mask, ids.unk]] = -torch.inf
+        logits_LV[:, ids.never_written] = -torch.inf
         found = logits_LV.max(dim=1)
         return found.indices, found.values - total_L, end_L - total_L
 

@@ -73,7 +73,7 @@ def hard_exit(model: EncoderDecoder, source: SourceRows, first_row: FirstRow, op
             best_B1 = candidate_lengths(model.length_logits(memory_MD, source), 1, "contiguous", most)
             lengths = (best_B1[:, 0] - 1).tolist()  # BOS has no row
         rows = ParallelRows.pack(model, lengths, source, first_row)
-        left = write_early(model, rows, memory_MD, ExitRule(threshold, layers), [ids.bos, ids.pad, ids.mask, ids.unk])
+        left = write_early(model, rows, memory_MD, ExitRule(threshold, layers), ids.never_written)
     made = until_eos(left.token_R.cpu().split(lengths), left.log_p_R.cpu().split(lengths), ids.eos, passes=1)
     exits = np.split(left.exit_R, np.cumsum(lengths)[:-1])
     written = [exit_N[: len(tokens) + 1] for exit_N, tokens in zip(exits, made.tokens, strict=True)]

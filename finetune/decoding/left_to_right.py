@@ -46,7 +46,7 @@ class ArDecoding(Section):
 
 def never_written(logits_NV: Tensor, history_NT: Tensor, ids: SpecialIds, options: ArDecoding) -> None:
     """Sets to -inf, in place, what must not follow the history: special ids but EOS, and n-grams that were there."""
-    logits_NV[:, [ids.bos, ids.pad, ids.mask, ids.unk]] = -torch.inf
+    logits_NV[:, ids.never_written] = -torch.inf
     if options.no_repeat_ngram:
         row_R, token_R = repeats(history_NT, options.no_repeat_ngram)
         logits_NV[row_R, token_R] = -torch.inf

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finetune.decoding.common import Generated, check_length, most_likely
+from finetune.decoding.common import USUAL_LENGTH, Generated, check_length, most_likely
 from finetune.decoding.length import EMPTY, LengthChoice, candidate_lengths
 from parlance_kernels import SampleMask
 from pretrain.config import Section
@@ -37,7 +37,7 @@ class MaskPredictOptions(Section):
     iterations: int = Field(4, ge=0, le=1000)
     length_beam: int = Field(3, ge=1, le=100)
     length_choice: LengthChoice = "contiguous"
-    max_length: int = Field(64, ge=3)
+    max_length: int = Field(USUAL_LENGTH, ge=3)
     early_stop: bool = False
     rewrite: Literal["hidden", "all"] | None = None
 
@@ -121,7 +121,7 @@ class _Candidates:
         ids = self.model.ids
         rows, cell_R = self._rows()
         h_LD = decode_over(self.model, rows, self.memory)
-        token_L, score_L = most_likely(self.model, h_LD, [ids.bos, ids.pad, ids.eos, ids.mask, ids.unk])
+        token_L, score_L = most_likely(self.model, h_LD, [*ids.never_written, ids.eos])
         cell_L = cell_R[rows.out_L]
         self.tokens_CT.view(-1)[cell_L] = token_L
         self.score_CT.view(-1)[cell_L] = score_L.to(self.score_CT.dtype)

@@ -43,5 +43,5 @@ def soft_exit(model: EncoderDecoder, source: SourceRows, first_row: FirstRow, op
     with writing(model):
         rows = pack_streams(streams, source.mask.n_rows)[0].to(device)
         states = decode_soft(model, rows, model.encode(source))
-        token_L, score_L = most_likely(model, states[-1], [ids.bos, ids.pad, ids.mask, ids.unk])
+        token_L, score_L = most_likely(model, states[-1], ids.never_written)
     return until_eos(token_L.cpu().split(n), score_L.cpu().split(n), ids.eos, passes=1)

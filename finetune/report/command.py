@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finetune.charts import Panel, Plane, draw
 from finetune.report import figures
+from finetune.report.cards import check_card, write_cards
 from finetune.report.measured import ALWAYS, measure
 from finetune.report.page import PAGE, QUALITY, TRAINING, Findings, page
 from finetune.report.record import read_records, same_pairs
@@ -13,6 +14,7 @@ from finetune.report.texts import write_all
 from finetune.report.ways import BEAMS, ITERATIONS, ways_of
 from finetune.scores import score
 from finetune.writer import Writer
+from pretrain.bundles.bundle import check_outside
 from pretrain.errors import UsageError
 from pretrain.runs import write_text
 
@@ -30,6 +32,7 @@ def report(
     device: str = "auto",
     restart: bool = False,
     metrics: Sequence[str] = (),
+    cards: bool = False,
 ) -> Path:
     """Compares tuning runs of one task on a page with pictures in `out`, and returns the page.
 
@@ -42,10 +45,11 @@ def report(
         beams, iterations: settings of --mode ar and nar.
         restart: write again what was written before.
         metrics: in place of the task's, the one for the pictures first.
+        cards: put the scores into the model card of each bundle, too.
 
     Raises:
-        UsageError: no run, a number below its smallest, or `out` is no folder.
-        CheckpointError, ConfigError, DataError: as `read_records`; runs with different pairs; a bad bundle.
+        UsageError: no run, a number below its smallest, or `out` is no folder or in a bundle.
+        CheckpointError, ConfigError, DataError: as `read_records`; runs with different pairs; a bad bundle or card.
         Requeue: SIGTERM or SIGUSR1 came; the texts so far are kept.
     """
     target = Path(out)
@@ -54,6 +58,8 @@ def report(
     pairs = same_pairs(records, split, sentences)
     names = list(dict.fromkeys([*(metrics or records[0].metrics), *ALWAYS]))
     score(["a"], ["a"], names)  # what a metric lacks is told before the hours of writing
+    for record in records if cards else ():
+        check_card(record)
     writers = [Writer(record.bundle, device) for record in records]
     ways = [
         way
@@ -73,6 +79,8 @@ def report(
     command = _command(folders, given)
     write_text(target / PAGE, page(Findings(command, records, measured, pairs, split, shown, drawn)))
     print(f"{target / PAGE}: {len(records)} run(s), {len(ways)} way(s) of writing, {len(pairs)} pairs", flush=True)
+    for card in write_cards(measured, split) if cards else ():
+        print(f"{card}: has the scores", flush=True)
     return target / PAGE
 
 
@@ -86,8 +94,9 @@ def _check(
     for name, (value, smallest) in least.items():
         if value < smallest:
             raise UsageError(f"`--{name}` must be at least {smallest}, got {value}")
-    if out.exists() and not out.is_dir():
+    if not next(one for one in (out, *out.absolute().parents) if one.exists()).is_dir():
         raise UsageError(f"`--out` must be a folder or new, `{out}` is none")
+    check_outside(out, "--out")
 
 
 def _command(folders: Sequence[str], given: dict[str, object]) -> str:

@@ -56,12 +56,7 @@ def page(found: Findings) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is words, the others are as `head` has them."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
-
-
-def numbers(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
     """A Markdown table whose columns behind the first `words` are numbers."""
     rule = ["---"] * words + ["--:"] * (len(head) - words)
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
@@ -99,7 +94,7 @@ def _quality(found: Findings) -> list[str]:
     )
     if judge:
         told += f" times as fast: as {cell(judge.way.record.name)}, {judge.way.name}."
-    return [_picture(found, QUALITY, "quality against latency"), numbers(head, rows, 2), told, *_notes(found)]
+    return [_picture(found, QUALITY, "quality against latency"), table(head, rows, 2), told, *_notes(found)]
 
 
 def _judge(measured: Sequence[Measured]) -> Measured | None:
@@ -120,6 +115,11 @@ def _notes(found: Findings) -> list[str]:
         if cut:
             longest = next(one.way.writer for one in found.measured if one.way.record is record).description
             notes.append(f"{cell(record.name)} cut {cut:,} of these sources to {longest.longest_source:,} tokens.")
+    empty = {side: sum(not getattr(pair, side) for pair in found.pairs) for side in ("source", "target")}
+    if any(empty.values()):
+        notes.append(
+            f"Of these pairs {empty['source']:,} have an empty source and {empty['target']:,} an empty target."
+        )
     return notes
 
 
@@ -137,7 +137,7 @@ def _exits(found: Findings) -> list[str]:
         rows.append([cell(one.way.record.name), one.way.name, *shares, f"{exits.mean:.2f}",
                      f"{sum(exits.tokens):,}", *work])  # fmt: skip
     told = "Of the written tokens, EOS counted, of the texts above."
-    return ["## Where tokens left the decoder", numbers(head, rows, 2), told]
+    return ["## Where tokens left the decoder", table(head, rows, 2), told]
 
 
 def _training(found: Findings) -> list[str]:
@@ -161,14 +161,14 @@ def _training(found: Findings) -> list[str]:
     )
     metric = found.metrics[0]
     level, reached = equal_quality(found.records, metric)
-    parts = [_picture(found, TRAINING, "scores and losses in training"), numbers(["", *names], rows, 1), told]
+    parts = [_picture(found, TRAINING, "scores and losses in training"), table(["", *names], rows, 1), told]
     if not any(record.scores(metric) for record in found.records):
         parts.append(f"No run has written and scored validation texts by {cell(metric)} (`train.sample_every`).")
     if reached:
         cost = [[cell(one.record.name), one.mode, f"{one.updates:,}", round_to(one.device_seconds)] for one in reached]
         parts += [
             "### To equal quality",
-            numbers(["run", "way", "updates", "device-seconds"], cost, 2),
+            table(["run", "way", "updates", "device-seconds"], cost, 2),
             f"Until validation texts first had {cell(metric)} {level:.2f}, the best score that all of these reached; "
             "measured where `train.sample_every` was due, from TensorBoard.",
         ]
@@ -196,7 +196,7 @@ def _samples(found: Findings) -> list[str]:
         for one in found.measured:
             texts.setdefault((one.way.record.name, one.texts[number].text), []).append(one.way.name)
         rows += [[f"{cell(run)}: {'; '.join(ways)}", cell(text) or "(nothing)"] for (run, text), ways in texts.items()]
-        parts.append(table([f"pair {number + 1}", ""], rows))
+        parts.append(table([f"pair {number + 1}", ""], rows, 2))
     return parts
 
 
@@ -213,9 +213,12 @@ def _repeat(found: Findings) -> list[str]:
         f"Written on {writer.device.type} ({cell(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} "
         f"thread(s)) with python {platform.python_version()}, {packages}.",
         "Scores:",
-        table(["metric", "signature"], [[cell(name), f"`{said}`".replace("|", "\\|")] for name, said in
-                                        signatures.items()]),
-    ]  # fmt: skip
+        table(
+            ["metric", "signature"],
+            [[cell(name), f"`{said}`".replace("|", "\\|")] for name, said in signatures.items()],
+            words=2,
+        ),
+    ]
 
 
 def _picture(found: Findings, name: str, words: str) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from finetune import tasks
+from finetune.generate import NEEDS
+from finetune.hooks import written_tag
 from finetune.tasks import Pair
 from finetune.tasks.pairs import read_lines
 from finetune.train import BUNDLE, TASK
@@ -19,7 +21,7 @@ from pretrain.parsing import read_yaml
 from pretrain.report.status import kept_saves, whole_events
 
 Curve = list[tuple[int, float]]
-WRITTEN, LOSS, VALID, TOTAL = "written/", "loss/", "valid/", "total"
+LOSS, VALID, TOTAL = "loss/", "valid/", "total"
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,8 @@ class Record:
 
     def scores(self, metric: str) -> dict[str, Curve]:
         """{mode: its scores of validation texts while it was trained}."""
-        end = f"/{metric}"
-        tags = [tag for tag in self.curves if tag.startswith(WRITTEN) and tag.endswith(end)]
-        return {tag.removeprefix(WRITTEN).removesuffix(end): self.curves[tag] for tag in tags}
+        tags = {mode: written_tag(mode, metric) for mode in NEEDS}
+        return {mode: self.curves[tag] for mode, tag in tags.items() if tag in self.curves}
 
     def losses(self, group: str) -> dict[str, Curve]:
         """{term: its curve} of `LOSS` or `VALID`; the weighted sum of all only where it has several terms."""

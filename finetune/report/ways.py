@@ -15,7 +15,6 @@ from finetune.runners import Runner
 from finetune.runners.hard_exit import HardExitRunner
 from finetune.writer import Writer
 from pretrain.bundles.bundle import content_sha256
-from pretrain.config import complete
 from pretrain.errors import UsageError
 
 BEAMS, ITERATIONS = (1, 5), (0, 1, 4, 10)  # of the tables of JANUS and of mask-predict
@@ -25,7 +24,7 @@ OWN = {
     "nar": ("length_beam", "length_choice", "early_stop", "max_length"),
     "hard_exit": ("threshold", "rows", "test_layers", "max_length"),
     "soft_exit": ("max_length",),
-    "draft": ("block", "max_length"),
+    "draft": ("max_length",),
 }
 
 
@@ -66,7 +65,7 @@ class Way:
     @property
     def command(self) -> str:
         """How `generate` writes so."""
-        usual = complete(runners.REGISTRY, {"name": self.mode}, "runner")["decoding"]
+        usual = runners.decoding(self.mode, {})
         swept = {"ar": "beam", "nar": "iterations", "hard_exit": "threshold"}.get(self.mode)
         words = ["python -m finetune generate", str(self.record.bundle), "--mode", self.mode]
         for name, value in self.options.items():
@@ -99,7 +98,7 @@ def ways_of(record: Record, writer: Writer, beams: Sequence[int], iterations: Se
             runner = writer.runner(mode, own | setting)
             if isinstance(runner, HardExitRunner):
                 setting = {"threshold": runner.decoding.threshold}
-            options = complete(runners.REGISTRY, {"name": mode, "decoding": own | setting}, "runner")["decoding"]
+            options = runners.decoding(mode, own | setting)
             found.append(Way(record, mode, _label(mode, setting), options, runner, writer, sha256))
     return found
 
@@ -110,7 +109,8 @@ def _own(provenance: Mapping[str, Any], mode: str) -> dict[str, Any]:
     runner = config.get("runner") if isinstance(config, Mapping) else None
     if not isinstance(runner, Mapping) or not isinstance(runner.get("decoding"), Mapping):
         return {}
-    decoding = runner["decoding"] if runner.get("name") == mode else runner["decoding"].get(mode)
+    own = "ar" if mode == "draft" else mode  # a draft is the text of greedy AR
+    decoding = runner["decoding"] if runner.get("name") == own else runner["decoding"].get(own)
     values = decoding if isinstance(decoding, Mapping) else {}
     return {name: values[name] for name in OWN[mode] if values.get(name) is not None}
 

@@ -25,6 +25,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(surface.NAMES, surface.score),
 }
 METRICS = (*FAMILIES, *overall.PARTS)
+OF_ITEMS = (*coco.NAMES, *meteor.NAMES)  # question generation, see items.py
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def score(
     metrics: Sequence[str],
     stemmer: bool = True,
     sources: Sequence[str] | None = None,
+    fix_tokenization: bool = False,
 ) -> Scores:
     """Scores texts line by line: line i of each argument belongs together.
 
@@ -66,10 +68,12 @@ def score(
         metrics: names in `METRICS`.
         stemmer: Porter stems in ROUGE, as in the scripts of summarisation papers.
         sources: for metrics that take lines with the same source as one item with several references.
+        fix_tokenization: for the same metrics, which are those of question generation: repair hypotheses that are
+            tokens of BERT-uncased, as GLGE does.
 
     Raises:
         DataError: different numbers of lines, or no word in the references.
-        ConfigError: an unknown metric, or one that needs what is not installed.
+        ConfigError: an unknown metric, one that needs what is not installed, or none that `fix_tokenization` is for.
     """
     if len(hypotheses) != len(references) or not references:
         raise DataError(
@@ -88,8 +92,10 @@ def score(
     empty = {side: sum(not line.strip() for line in lines) for side, lines in sides.items()}
     if empty["references"] == len(references):
         raise DataError(f"references must hold at least one word, all {len(references)} lines are empty")
-    texts = Texts(hypotheses, references, sources, stemmer)
+    texts = Texts(hypotheses, references, sources, stemmer, fix_tokenization)
     needed = dict.fromkeys(part for name in metrics for part in overall.PARTS.get(name, (name,)))
+    if fix_tokenization and not needed.keys() & set(OF_ITEMS):
+        raise ConfigError(f"`fix_tokenization` is for {', '.join(OF_ITEMS)}, none of which is in {', '.join(needed)}")
     results: dict[str, Result] = {}
     for family in dict.fromkeys(FAMILIES[name] for name in needed):
         results |= family(texts, [name for name in needed if FAMILIES[name] is family])

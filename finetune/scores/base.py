@@ -13,12 +13,16 @@ Streams = Sequence[Sequence[Any]]
 
 @dataclass(frozen=True)
 class Texts:
-    """Line i of each belongs together. sources: None where not given. stemmer: Porter stems in ROUGE."""
+    """Line i of each belongs together. sources: None where not given. stemmer: Porter stems in ROUGE.
+
+    fix_tokenization: items of question generation have their hypotheses repaired, see fix_tokenization.py.
+    """
 
     hypotheses: Sequence[str]
     references: Sequence[str]
     sources: Sequence[str] | None = None
     stemmer: bool = True
+    fix_tokenization: bool = False
 
 
 @dataclass(frozen=True)

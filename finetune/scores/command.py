@@ -19,6 +19,7 @@ def score_files(
     against: str | None = None,
     stemmer: bool = True,
     as_json: bool = False,
+    fix_tokenization: bool = False,
 ) -> None:
     """Prints the scores of a file of texts, and beside them those of another system with the p of each difference.
 
@@ -26,6 +27,7 @@ def score_files(
         hypotheses, references, sources, against: files of one text a line; `against` holds the other system's texts.
         task: its metrics come first.
         metrics: names in `finetune.scores.METRICS`.
+        stemmer, fix_tokenization: as in `score`; of both systems.
 
     Raises:
         ConfigError, DataError: as `score`; or no metric asked for has a paired test.
@@ -34,14 +36,15 @@ def score_files(
     names = list(dict.fromkeys([*of_task, *(name.strip() for name in metrics)]))
     lines, texts = read_lines(references), read_lines(hypotheses)
     of_sources = None if sources is None else read_lines(sources)
-    scores = score(texts, lines, names, stemmer, of_sources)
+    rest = names, stemmer, of_sources, fix_tokenization
+    others = None if against is None else read_lines(against)
+    for file, read in ((hypotheses, texts), (sources, of_sources), (against, others)):
+        if read is not None and len(read) != len(lines):
+            raise DataError(f"`{file}` must have as many lines as `{references}`, {len(lines)}, it has {len(read)}")
+    scores = score(texts, lines, *rest)
     tests = None
-    if against is not None:
-        others = read_lines(against)
-        if len(others) != len(lines):
-            wanted = f"as many lines as `{references}`, {len(lines)}"
-            raise DataError(f"`{against}` must have {wanted}, it has {len(others)}")
-        tests = paired_bootstrap(scores.results, score(others, lines, names, stemmer, of_sources).results)
+    if others is not None:
+        tests = paired_bootstrap(scores.results, score(others, lines, *rest).results)
         if not tests:
             raise ConfigError(f"`--against` needs a metric that has a paired test, {', '.join(names)} have none")
     if as_json:

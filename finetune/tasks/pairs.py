@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,8 @@ from finetune.tasks.base import Pair, Published, SplitName, TaskOptions, one_lin
 from pretrain.errors import ConfigError, DataError
 
 Files = str | list[str]
+# What reading a text file can end in.
+UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
 class PairsOptions(TaskOptions):
@@ -104,8 +107,14 @@ def read_lines(path: str | Path) -> list[str]:
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         text = raw.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"`{path}` must be a UTF-8 text file: {error}") from None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
     # str.splitlines would also break at form feeds and Unicode separators, and shift every later line.
     lines = text.replace("\r\n", "\n").split("\n")
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def unreadable(path: str | Path, error: Exception) -> DataError:
+    """The error to raise where `path` cannot be read because of one of `UNREADABLE`."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return DataError(f"`{path}` must be a UTF-8 text file: {reason}")

@@ -28,7 +28,18 @@ ARCHS = "80+PTX;90a"
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads", "2", "-Xcompiler", "-fPIC,-Wall", "-Xptxas", "-v", "-c"]
 LINK_FLAGS = ["-shared", "-Xlinker", "--exclude-libs=ALL"]  # torch brings a CUDA runtime of its own
 # Without fortification: longjmp between stacks is what fibers do.
-HOST_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-c", "-x", "c++"]
+HOST_FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-U_FORTIFY_SOURCE",
+    "-c",
+    "-x",
+    "c++",
+]
 
 
 class BuildError(Exception):
@@ -56,6 +67,14 @@ def nvcc() -> str | None:
 def sources() -> list[Path]:
     """Every kernel file."""
     return sorted(HERE.glob("*.cu"))
+
+
+def fingerprint() -> str:
+    """Of the sources as they are; `library.load` computes it, too, and compares."""
+    digest = hashlib.sha256()
+    for source in sorted([*HERE.glob("*.cu"), *HERE.glob("*.h")]):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def gencode(archs: str) -> list[str]:
@@ -126,16 +145,17 @@ def _compile(files: Sequence[Path], command: Sequence[str], kind: str) -> list[P
     folder = OBJECTS / kind
     folder.mkdir(parents=True, exist_ok=True)
     common = hashlib.sha256(_run([command[0], "--version"]).encode() + "\0".join(command).encode())
-    for header in sorted(HERE.rglob("*.h")):
+    for header in sorted(HERE.glob("*.h") if kind == "device" else HERE.rglob("*.h")):
         common.update(header.name.encode() + header.read_bytes())
 
     def one(source: Path) -> Path:
+        own = [f'-DPARLANCE_SOURCES="{fingerprint()}"'] if source.stem == "library" else []
         digest = common.copy()
-        digest.update(source.read_bytes())
+        digest.update("".join(own).encode() + source.read_bytes())
         made = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not made.exists():
             draft = made.with_suffix(".draft")
-            made.with_suffix(".log").write_text(_run([*command, str(source), "-o", str(draft)]))
+            made.with_suffix(".log").write_text(_run([*command, *own, str(source), "-o", str(draft)]))
             draft.replace(made)
         return made
 

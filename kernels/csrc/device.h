@@ -93,6 +93,26 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Two 16-bit numbers in a register, `low` in its low half, as mma and ldmatrix have them; to the nearest, ties to even.
+template <class T>
+__device__ __forceinline__ uint32_t pack2(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
+    __half2 both = __floats2half2_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &both, 4);
+    return bits;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, float high) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &both, 4);
+    return bits;
+}
+
 // 2^x in one instruction, relative error 2^-22; denormals are zero.
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
@@ -124,15 +144,6 @@ template <>
 __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-
-// Two 16-bit numbers in a register, `low` in its low half, as mma and ldmatrix have them.
-template <class T>
-__device__ __forceinline__ uint32_t pack2(float low, float high) {
-    T both[2] = {from_float<T>(low), from_float<T>(high)};
-    uint32_t bits;
-    memcpy(&bits, both, 4);
-    return bits;
-}
 
 // 16 bytes as numbers of T.
 template <class T>

@@ -6,6 +6,8 @@ same machine have no kernels and go through PyTorch.
 
 from functools import cache
 
+import torch
+
 from parlance_kernels import library
 
 BACKENDS = ("torch", "cuda")
@@ -17,6 +19,7 @@ def available_backends() -> tuple[str, ...]:
     return BACKENDS[:1] if library.problem() else BACKENDS
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(name: str) -> str:
     """Turns `auto` into the fastest available backend and checks any other name.
 

@@ -5,6 +5,7 @@ return a CUDA error code (kernels/csrc/README.md).
 """
 
 import ctypes
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 PATH = Path(__file__).with_name("libparlance_kernels.so")
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"  # only in a checkout
 OLDEST = (8, 0)  # compute capability that the kernels are compiled for
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NO_DRIVER, NO_IMAGE = 35, (209, 218, 222)
@@ -27,7 +29,7 @@ def load() -> ctypes.CDLL:
     """The library, opened once.
 
     Raises:
-        KernelError: it was not built, or does not open.
+        KernelError: it was not built, does not open, or is not of the sources that lie in this checkout.
     """
     if not PATH.exists():
         raise KernelError(f"the CUDA kernels are not built: no {PATH}; `make kernels` builds them where nvcc is")
@@ -35,8 +37,17 @@ def load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
         raise KernelError(f"{PATH} does not open: {error}; `make kernels` builds it anew") from None
-    library.parlance_error.restype = ctypes.c_char_p
+    library.parlance_error.restype = library.parlance_sources.restype = ctypes.c_char_p
+    if SOURCES.is_dir() and library.parlance_sources().decode() != _fingerprint():
+        raise KernelError(f"{PATH} was made of other sources than {SOURCES}; `make kernels` builds it anew")
     return library
+
+
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.h")]):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def problem() -> str | None:

@@ -31,7 +31,7 @@ from pretrain.bundles.whole_folder import whole_folder
 from pretrain.checkpoints import seal
 from pretrain.data.files import sha256_of
 from pretrain.data.tokenizer import TOKENIZER_FILE, TextTokenizer
-from pretrain.errors import CheckpointError, DataError
+from pretrain.errors import CheckpointError, DataError, UsageError
 from pretrain.models import EncoderDecoder
 from pretrain.models.golden import golden
 from pretrain.plain import check_plain, read_plain
@@ -189,6 +189,15 @@ def is_bundle(folder: Path) -> bool:
         return "parlance" in _read_json(folder / CONFIG)
     except CheckpointError:
         return False
+
+
+def check_outside(path: Path, option: str) -> None:
+    """Raises UsageError where `path`, which `option` names, is in a bundle: its seal is broken by any file more."""
+    within = next((one for one in (path.resolve(), *path.resolve().parents) if is_bundle(one)), None)
+    if within is not None:
+        raise UsageError(
+            f"`{option}` must not be in a bundle, which nothing may be added to: `{path}` is in `{within}`"
+        )
 
 
 def build_model(

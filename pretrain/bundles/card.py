@@ -29,13 +29,15 @@ COMMAND = {
     "soft_exit": "--mode soft_exit",
 }
 UNKNOWN = "not recorded"
+# Between these lines `python -m finetune report --cards` writes; what stands outside of them is left alone.
+TESTED, END_TESTED = "<!-- test scores, by finetune report --cards -->", "<!-- end of test scores -->"
 
 
 def model_card(model: EncoderDecoder, description: Description, provenance: Mapping[str, Any]) -> str:
     """The text of README.md.
 
-    provenance: as `handoff`, `import-bart` and `finetune train` write it; `scores`, a number for each metric, nested as
-    one likes, is shown where it is there.
+    provenance: as `handoff`, `import-bart` and `finetune train` write it. Of a tuned bundle `checkpoints` are the
+    updates it is made of, and `scores` has {name in TensorBoard: value} of each, measured at its update.
     """
     name = _plain(provenance.get("run") or provenance.get("imported_from") or "A bundle")
     size, config = sum(value.numel() for value in model.parameters()), description.model
@@ -55,7 +57,7 @@ def model_card(model: EncoderDecoder, description: Description, provenance: Mapp
         "## Data",
         *_data(provenance),
         "## Scores",
-        _scores(provenance.get("scores")),
+        *_scores(provenance),
         "## Licence",
         "This card states none for the weights: whoever publishes them does. The table above has the licences of the "
         "data as far as they were recorded.",
@@ -147,13 +149,44 @@ def _data(provenance: Mapping[str, Any]) -> list[str]:
         if "pairs" in stage:
             task = _mapping(_mapping(stage.get("config")).get("task")).get("name", UNKNOWN)
             pairs = ", ".join(f"{_plain(count)} {_plain(split)}" for split, count in _mapping(stage["pairs"]).items())
-            parts.append(f"Tuned for the task `{_plain(task)}`: pairs {pairs}.")
+            what = "Tuned" if "tuned_from" in stage else "Random weights, with a tokenizer,"
+            parts.append(f"{what} for the task `{_plain(task)}`: pairs {pairs}.")
     return parts or [f"What the weights were trained on is {UNKNOWN}."]
 
 
-def _scores(scores: Any) -> str:
-    rows = [(name, _plain(value)) for name, value in _numbers(_mapping(scores))]
-    return _table(("metric", "value"), rows) if rows else "None are recorded. `python -m finetune score` measures them."
+def _scores(provenance: Mapping[str, Any]) -> list[str]:
+    if not isinstance(provenance.get("tuned_from"), Mapping):
+        return ["None are recorded. `python -m finetune score` measures them."]
+    none = "None of the test set are recorded. `python -m finetune report RUN --cards` writes them here."
+    return [*_validation(provenance), "\n".join([TESTED, none, END_TESTED])]
+
+
+def _validation(provenance: Mapping[str, Any]) -> list[str]:
+    """A row for each mode and metric, a column for each checkpoint; nothing where nothing was measured."""
+    steps, scores = (one if isinstance(one := provenance.get(key), list) else [] for key in ("checkpoints", "scores"))
+    measured = [_finite(one) for one in scores]
+    rows = []
+    for tag in dict.fromkeys(tag for one in measured for tag in one):
+        group, _, name = tag.partition("/")
+        mode, _, metric = name.partition("/")
+        shown = [_plain(one.get(tag, "")) for one in measured]
+        if tag == "valid/total":
+            rows.append(["", "validation loss", *shown])
+        elif group == "written" and metric:
+            rows.append([_plain(mode), _plain(metric), *shown])
+    if not rows or len(steps) != len(measured):
+        return []
+    told = ["Measured in training."]
+    if any(mode for mode, *_ in rows):
+        split = "validation" if _mapping(provenance.get("pairs")).get("valid") else "training"
+        counts = {int(one["written/pairs"]) for one in measured if "written/pairs" in one}
+        first = f"the first {_plain(*counts)} {split} pairs" if len(counts) == 1 else f"the first {split} pairs"
+        told.append(f"Modes: whole texts of {first}, written as `runner.decoding` of the run says.")
+    if "selected_by" in provenance:
+        told.append(f"Chosen by {_plain(provenance['selected_by'])}.")
+    if len(steps) > 1:
+        told.append("The weights are the mean of these checkpoints; the mean itself was not measured.")
+    return [" ".join(told), _table(("mode", "metric", *(f"update {_plain(step)}" for step in steps)), rows)]
 
 
 def _use(description: Description) -> list[str]:
@@ -196,14 +229,9 @@ def _code(language: str, *lines: str) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
 
 
-def _numbers(values: Mapping[str, Any], path: str = "") -> list[tuple[str, float]]:
-    found = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{path}{_plain(key)}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            found.append((f"{path}{_plain(key)}", value))
-    return found
+def _finite(values: Any) -> dict[str, float]:
+    numbers = {key: value for key, value in _mapping(values).items() if type(value) in (int, float)}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

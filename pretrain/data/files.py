@@ -14,9 +14,12 @@ from pretrain.plain import open_plain
 NPY_HEADER_BYTES = 128
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes `content` to a temporary neighbour, fsyncs, renames; a kill leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomic(path: Path, content: bytes, within: Path | None = None) -> None:
+    """Writes `content` to a temporary file, fsyncs, renames; a kill leaves the old file or the new one.
+
+    within: folder of the temporary file, on the same file system; None: that of `path`.
+    """
+    temporary = (within or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as file:
             file.write(content)

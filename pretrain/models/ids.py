@@ -12,3 +12,8 @@ class SpecialIds:
     eos: int
     mask: int
     unk: int
+
+    @property
+    def never_written(self) -> list[int]:
+        """All but that of `</s>`, which ends a text."""
+        return [self.bos, self.pad, self.mask, self.unk]

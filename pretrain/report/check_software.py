@@ -110,10 +110,11 @@ def runs_on(known: Sequence[str], major: int, minor: int) -> bool:
 
 def kernels() -> Iterator[Check]:
     """Which implementation of the operators `engine.backend: auto` takes."""
-    from parlance_kernels import available_backends, resolve
+    from parlance_kernels import available_backends, library, resolve
 
     chosen, available = resolve("auto"), ", ".join(available_backends())
-    yield Check("ok", "kernels", f"`engine.backend: auto` takes {chosen}; available: {available}")
+    without = f"; no cuda: {why}" if (why := library.problem()) else ""
+    yield Check("ok", "kernels", f"`engine.backend: auto` takes {chosen}; available: {available}{without}")
 
 
 def deepspeed() -> Iterator[Check]:

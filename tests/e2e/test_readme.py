@@ -1,4 +1,4 @@
-"""Every command of the README runs, in its order, with sizes cut down; and its figures are those of `make bench`."""
+"""Every command of the README runs, in its order, cut down; figures are those of `make bench` and of RESULTS.md."""
 
 import gzip
 import json
@@ -100,3 +100,12 @@ def test_figures_are_those_of_the_benchmark() -> None:
         assert line, f"README has no row for {row['name']}"
         assert f"{row['ratio']:,.2f}" in line, f"README says {line}, the benchmark {row['ratio']:,.2f}"
         assert row["ok"] != ("missed" in line), f"README must say of {row['name']} whether it misses its target"
+
+
+def test_claims_are_those_of_the_results() -> None:
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    shown = README.split("<!-- claims -->")[1].split("<!-- /claims -->")[0].strip().splitlines()
+    rows = [line for line in shown if line.startswith("| ")]
+    assert len(rows) > 3
+    for row in rows:
+        assert row in results, f"README says {row}, RESULTS.md does not"

@@ -157,7 +157,7 @@ def test_generation_does_not_see_references(place: Path, capsys: pytest.CaptureF
         (["generate", "NONE", "--mode", "ar", "--input", "IN", "--output", "-"], 5, "there is no such folder"),
         (["generate", "JANUS", "--mode", "ar", "--input", "NONE", "--output", "-"], 4, "must be a UTF-8 text file"),
         (["generate", "JANUS", "--mode", "ar", "--input", "IN", "--output", "-", "--max-length", "65"], 3, "positions"),
-        (["score", "--task", "pairs", "--hyp", "IN", "--ref", "TSV"], 4, "got 10 hypotheses and 196 references"),
+        (["score", "--task", "pairs", "--hyp", "IN", "--ref", "TSV"], 4, "must have as many lines as"),
         (["score", "--task", "nothing", "--hyp", "IN", "--ref", "IN"], 3, "`task.name` must be one of"),
     ],
 )

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from finetune.__main__ import main
-from finetune.tile import HEIGHT, PIXELS, WIDTH
+from finetune.charts import HEIGHT, PIXELS, WIDTH
 from pretrain.__main__ import main as pretrain
 from pretrain.bundles.bundle import load_bundle
 from tests.finetune.test_end_to_end import bundle_at

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.tensorboard import SummaryWriter
 
 from finetune.__main__ import OPTIONS, main
+from finetune.generate import NEEDS
 from finetune.report import command
 from finetune.report import texts as texts_module
 from finetune.report.measured import equal_quality
@@ -23,6 +24,7 @@ from finetune.report.page import cell
 from finetune.report.record import Cost, Record, _cost, read_curves
 from finetune.report.texts import read_texts
 from finetune.report.ways import OWN
+from finetune.runners import WRITING
 from finetune.scores import score
 from tests.finetune.test_end_to_end import bundle_at, config_at, place
 
@@ -197,6 +199,7 @@ def test_a_cell_is_one_line_and_no_markup(text: str) -> None:
 
 def test_what_a_run_gives_of_its_own_is_what_generate_takes() -> None:
     assert all(set(OWN[mode]) <= set(OPTIONS[mode]) for mode in OPTIONS)
+    assert set(OWN) == set(OPTIONS) == set(NEEDS) == set(WRITING)
 
 
 def test_usual_options_are_those_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:

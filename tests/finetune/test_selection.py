@@ -134,7 +134,10 @@ def test_the_best_is_kept_under_kills_and_signals(place: Path, monkeypatch: pyte
     assert best != [8, 6] and set(best) != {6, 8}  # or nothing would have been at stake
     provenance = load_bundle(whole / "bundle").provenance
     assert provenance["checkpoints"] == best and provenance["selected_by"] == "valid/total"
-    assert provenance["scores"] == pytest.approx([losses[step] for step in best], rel=1e-6)
+    told = [scores["valid/total"] for scores in provenance["scores"]]
+    assert told == pytest.approx([losses[step] for step in best], rel=1e-6)
+    shown = f"| validation loss | {' | '.join(f'{value:.6g}' for value in told)} |"
+    assert shown in (whole / "bundle" / "README.md").read_text(encoding="utf-8")
     assert provenance["step"] == max(best)
     kept = {path.name for path in Store(whole).commits()}
     assert kept == {f"step-{step:08d}" for step in {*best, STEPS}}
@@ -186,7 +189,8 @@ def test_the_last_ones_are_averaged(place: Path) -> None:  # noqa: F811
     path = config_at(place, "last-three", "ar", train=train)
     assert main(["train", str(path)]) == 0
     run = place / "runs" / "last-three"
-    assert load_bundle(run / "bundle").provenance["checkpoints"] == [5, 4, 2]
+    provenance = load_bundle(run / "bundle").provenance
+    assert provenance["checkpoints"] == [5, 4, 2] and len(provenance["scores"]) == 3
     assert load(TuneConfig, run / "config.yaml").train.average == 3
     mean = average([run / "checkpoints" / f"step-{step:08d}" for step in (2, 4, 5)])
     for name, value in weights(run).items():

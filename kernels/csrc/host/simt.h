@@ -22,51 +22,7 @@
 #include <string>
 #include <vector>
 
-#define __global__
-#define __device__
-#define __host__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __align__(n) alignas(n)
-
-using std::max;
-using std::min;
-
-struct dim3 {
-    unsigned x, y, z;
-    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-
-template <class To, class From>
-To simt_bits(From from) {
-    static_assert(sizeof(To) == sizeof(From), "a change of type keeps all bits");
-    To to;
-    memcpy(&to, &from, sizeof to);
-    return to;
-}
-
-struct __half { uint16_t bits; };
-struct __nv_bfloat16 { uint16_t bits; };
-inline float __half2float(__half x) { return static_cast<float>(simt_bits<_Float16>(x.bits)); }
-inline __half __float2half_rn(float x) { return {simt_bits<uint16_t>(static_cast<_Float16>(x))}; }
-inline float __bfloat162float(__nv_bfloat16 x) { return simt_bits<float>(uint32_t{x.bits} << 16); }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-    uint32_t bits = simt_bits<uint32_t>(x);
-    if (x != x) return {0x7fff};
-    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
+#include "types.h"
 
 namespace simt {
 
@@ -290,6 +246,13 @@ T __shfl_up_sync(uint32_t mask, T x, unsigned lanes, int = 32, SIMT_LINE) {
     unsigned lane = simt::now->id & 31;
     return lane < lanes ? x : slots[lane - lanes];
 }
+template <class T>
+T __shfl_down_sync(uint32_t mask, T x, unsigned lanes, int = 32, SIMT_LINE) {
+    simt::all_lanes(mask);
+    const T* slots = simt::exchange(x, "__shfl_down_sync", line);
+    unsigned lane = simt::now->id & 31;
+    return lane + lanes > 31 ? x : slots[lane + lanes];
+}
 inline uint32_t __ballot_sync(uint32_t mask, int predicate, SIMT_LINE) {
     simt::all_lanes(mask);
     const int* slots = simt::exchange(predicate, "__ballot_sync", line);
@@ -304,6 +267,12 @@ template <class T>
 T atomicAdd(T* at, T x) {
     T old = *at;
     *at = old + x;
+    return old;
+}
+template <class T>
+T atomicMax(T* at, T x) {
+    T old = *at;
+    *at = max(old, x);
     return old;
 }
 template <class T>
@@ -352,6 +321,17 @@ inline void ldmatrix_x4(uint32_t (&out)[4], const void* row, SIMT_LINE) {
 }
 inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row, SIMT_LINE) {
     simt_ldmatrix(out, row, true, "ldmatrix_x4_trans", line);
+}
+
+template <class T>
+uint32_t pack2(float low, float high);
+template <>
+inline uint32_t pack2<__half>(float low, float high) {
+    return __float2half_rn(low).bits | uint32_t{__float2half_rn(high).bits} << 16;
+}
+template <>
+inline uint32_t pack2<__nv_bfloat16>(float low, float high) {
+    return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << 16;
 }
 
 inline float simt_element(__half, uint32_t both, int high) { return __half2float({static_cast<uint16_t>(both >> 16 * high)}); }

@@ -1,5 +1,6 @@
 """`score` on files: names, sources, another system, JSON, and what is refused."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def test_empty_lines_are_counted(files: dict[str, str], capsys: pytest.CaptureFi
     [
         ((), 2, "`--task` or `--metrics`, got neither"),
         (("--metrics", "bleu,"), 3, "got ''"),
-        (("--metrics", "bleu", "--against", "short"), 4, "as many lines as"),
-        (("--metrics", "bleu", "--src", "short"), 4, "got 1 sources and 4 references"),
+        (("--metrics", "bleu", "--against", "short"), 4, "/short` must have as many lines as `"),
+        (("--metrics", "bleu", "--src", "short"), 4, "/ref`, 4, it has 1"),
         (("--metrics", "distinct1", "--against", "other"), 3, "distinct1 have none"),
     ],
 )
@@ -73,3 +74,28 @@ def test_refusals(
     assert score(files, *more) == code
     printed = capsys.readouterr()
     assert message in printed.err and not printed.out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none", None, "/none` must be a UTF-8 text file: No such file or directory\n"),
+        ("folder", "", "/folder` must be a UTF-8 text file: Is a directory\n"),
+        ("latin", b"caf\xe9\n", "/latin` must be a UTF-8 text file: 'utf-8' codec can't decode"),
+        ("bad.gz", b"plain", "/bad.gz` must be a UTF-8 text file: Not a gzipped file"),
+        ("broken.gz", gzip.compress(b"one two")[:10] + b"\xff" * 20, "/broken.gz` must be a UTF-8 text file: Error -3"),
+        ("short", b"a\n", "/short` must have as many lines as `"),
+    ],
+)
+def test_files_that_cannot_be_scored(
+    tmp_path: Path, files: dict[str, str], name: str, content: bytes | str | None, message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path.mkdir()
+    assert main(["score", "--metrics", "bleu", "--hyp", str(path), "--ref", files["ref"]]) == 4
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: `") and error.count("\n") == 1

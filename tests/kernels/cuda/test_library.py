@@ -1,10 +1,12 @@
 """The backend is chosen once and says why it cannot be another; calls check what they pass."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from parlance_kernels import available_backends, backend, exit_copy, library, offramp_stats, resolve, vocab_loss
-from tests.kernels.cuda.emulation import emulated
+from tests.kernels.cuda.emulation import device_library_path, emulated
 
 
 @pytest.fixture
@@ -53,6 +55,16 @@ def test_a_library_that_was_not_built_is_told_so(fresh, monkeypatch, tmp_path):
         resolve("cuda")
 
 
+def test_a_library_of_other_sources_is_refused(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "PATH", device_library_path())
+    assert library.load()
+    library.load.cache_clear()
+    (tmp_path / "other.cu").write_text("// another kernel")
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    with pytest.raises(library.KernelError, match="was made of other sources than"):
+        library.load()
+
+
 def test_a_card_and_a_library_make_the_kernels_the_choice(fresh, monkeypatch):
     Card(monkeypatch, (9, 0))
     with emulated():
@@ -76,6 +88,19 @@ def test_the_backend_decides_what_runs(fresh, monkeypatch):
                 run(chosen)
             calls.append((name, chosen, sum(event.name == name for event in profile.events()) - times))
     assert all(surplus == 0 for *_, surplus in calls), calls
+
+
+def test_operators_compile_without_a_break_in_the_graph(fresh, monkeypatch):
+    # To look for a device is nothing that a graph can hold.
+    monkeypatch.setattr(library, "problem", lambda: Path("/dev/null").read_text() or None)
+    x, left, stays = torch.randn(5, 4), torch.tensor([1]), torch.tensor([0, 3])
+
+    def step(x, left, stays):
+        table, gone = exit_copy(x, 2, 2 * x, left, stays, False, backend="cuda")
+        return offramp_stats(table, [1], backend="cuda"), gone.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x, left, stays), step(x, left, stays))
 
 
 def test_a_call_takes_contiguous_tensors_on_one_device():

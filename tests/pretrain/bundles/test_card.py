@@ -10,7 +10,7 @@ import yaml
 
 from finetune.decoding import ArDecoding, beam_search
 from pretrain.bundles.bundle import load_bundle, write_bundle
-from pretrain.bundles.card import CARD, loads_in_transformers, model_card
+from pretrain.bundles.card import CARD, END_TESTED, TESTED, loads_in_transformers, model_card
 from pretrain.bundles.description import Description
 from pretrain.config import ModelConfig
 from pretrain.errors import CheckpointError
@@ -41,7 +41,17 @@ TUNED = {
     "step": 300,
     "config": {"task": {"name": "xsum"}, "runner": {"name": "nar"}, "optim": {"lr": 3e-4}, "batch": {"samples": 64}},
     "pairs": {"train": 204045, "valid": 11332, "test": 11334},
-    "scores": {"test": {"rougeL": 33.4037, "bleu": 12}, "note": "not a number", "bad": float("nan")},
+    "checkpoints": [300],
+    "scores": [
+        {
+            "valid/total": 2.5,
+            "written/nar/rougeL": 33.4037,
+            "written/nar/bleu": 12,
+            "written/pairs": 64.0,
+            "written/nar/bad": float("nan"),
+            "written/nar/note": "not a number",
+        }
+    ],
     "tuned_from": PRETRAINED,
 }
 SHAPE = {"vocab_size": TOKENIZER.vocab_size, "d_model": 8, "encoder_layers": 1, "decoder_layers": 2, "heads": 2,
@@ -94,7 +104,37 @@ def test_a_tuned_bundle_tells_its_whole_past() -> None:
     data = rows(told["Data"])
     assert data[2] == ["wiki", "CC BY-SA 3.0", "400,000", "41,000,000"]
     assert "task `xsum`: pairs 204,045 train, 11,332 valid, 11,334 test." in told["Data"]
-    assert rows(told["Scores"])[2:] == [["test/rougeL", "33.4037"], ["test/bleu", "12"]]
+    assert rows(told["Scores"]) == [
+        ["mode", "metric", "update 300"], ["---"] * 3,
+        ["", "validation loss", "2.5"], ["nar", "rougeL", "33.4037"], ["nar", "bleu", "12"],
+    ]  # fmt: skip
+    assert "whole texts of the first 64 validation pairs," in told["Scores"]
+    assert "Chosen by" not in told["Scores"] and "mean" not in told["Scores"]
+    assert (
+        told["Scores"].index(TESTED) < told["Scores"].index("None of the test set") < told["Scores"].index(END_TESTED)
+    )
+
+
+def test_scores_of_several_checkpoints() -> None:
+    scores = [{"written/hard_exit/bleu": 3.0, "written/pairs": 8}, {"valid/total": 1.0, "written/hard_exit/bleu": 2.0}]
+    several = {"checkpoints": [4, 2], "scores": scores, "selected_by": "written/hard_exit/bleu", "pairs": {"valid": 0}}
+    told = sections(card(describe(("nar",)), {**TUNED, **several}))["Scores"]
+    assert rows(told)[0] == ["mode", "metric", "update 4", "update 2"]
+    assert rows(told)[2:] == [["hard\\_exit", "bleu", "3", "2"], ["", "validation loss", "", "1"]]
+    assert "the first 8 training pairs" in told and "the mean itself was not measured" in told
+    assert "Chosen by written/hard\\_exit/bleu." in told
+
+
+@pytest.mark.parametrize("scores", [[3.5], [{}], [{"valid/total": 1.0}] * 2, {"valid/total": 1.0}, None])
+def test_scores_that_say_nothing_are_left_out(scores: object) -> None:
+    """Among them those of an older bundle: numbers without names."""
+    told = sections(card(describe(("nar",)), {**TUNED, "scores": scores}))["Scores"]
+    assert told.startswith(TESTED) and not rows(told)
+
+
+def test_only_the_loss_was_measured() -> None:
+    told = sections(card(describe(("nar",)), {**TUNED, "scores": [{"valid/total": 2.0}]}))["Scores"]
+    assert told.startswith("Measured in training.\n\n| mode |") and "whole texts" not in told
 
 
 def test_a_name_stays_in_its_cell() -> None:

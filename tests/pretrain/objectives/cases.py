@@ -1,5 +1,7 @@
 """Small texts and models for the objective tests."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -44,8 +46,29 @@ def unit_scale(objective, batch):
     return {name: weight / max(1, objective.counts(batch)[name]) for name, weight in objective.weights.items()}
 
 
+class Outcome(NamedTuple):
+    """A loss, its terms by name, and the gradient of every parameter by name."""
+
+    total: torch.Tensor
+    sums: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+
+    def assert_equal(self, plain, names=None):
+        """names: {term: its name in `plain`}; None: the same, all of them.
+
+        The largest gradient says how far rounding may move the smaller ones that were made from it.
+        """
+        torch.testing.assert_close(self.total, plain.total, rtol=1e-10, atol=0)
+        for name, other in (names or {name: name for name in plain.sums}).items():
+            torch.testing.assert_close(self.sums[name], plain.sums[other], rtol=1e-10, atol=1e-12)
+        atol = 1e-11 * max(1.0, *(float(gradient.abs().max()) for gradient in plain.gradients.values()))
+        for name, gradient in plain.gradients.items():
+            found = self.gradients[name]
+            torch.testing.assert_close(found, gradient, rtol=1e-9, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def loss_and_gradients(model, losses):
     model.zero_grad()
     total, sums = losses()
     total.backward()
-    return total.detach(), sums, {n: p.grad.clone() for n, p in model.named_parameters()}
+    return Outcome(total.detach(), sums, {n: p.grad.clone() for n, p in model.named_parameters()})

@@ -74,11 +74,7 @@ def test_three_packed_passes_equal_three_plain_ones(eps):
 
     theirs = loss_and_gradients(model, plain)
     ours = loss_and_gradients(model, lambda: corr.losses(model, batch, scale))
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-10, atol=0)
-    for name, value in theirs[1].items():
-        torch.testing.assert_close(ours[1][name], value.detach(), rtol=1e-10, atol=1e-12)
-    for name, gradient in theirs[2].items():
-        torch.testing.assert_close(ours[2][name], gradient, rtol=1e-9, atol=1e-11)
+    ours.assert_equal(theirs)
 
 
 def test_the_masked_pass_is_that_of_cmlm():

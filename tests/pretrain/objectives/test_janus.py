@@ -35,11 +35,7 @@ def test_packed_equals_the_plain_reference(norm, layout, share):
     scale = unit_scale(janus, batch)
     ours = loss_and_gradients(model, lambda: janus.losses(model, batch, scale))
     plain = loss_and_gradients(model, lambda: janus_reference.losses(model, given, janus.layout, scale, 0.1))
-    torch.testing.assert_close(ours[0], plain[0], rtol=1e-10, atol=0)
-    for name, value in plain[1].items():
-        torch.testing.assert_close(ours[1][name], value, rtol=1e-10, atol=1e-12)
-    for name, gradient in plain[2].items():
-        torch.testing.assert_close(ours[2][name], gradient, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    ours.assert_equal(plain)
 
 
 @pytest.mark.parametrize("layout", ["bos_first", "eos_first"])

@@ -72,11 +72,7 @@ def test_packed_equals_the_plain_loop(norm, rows, ramps):
     scale = unit_scale(soft, batch)
     ours = loss_and_gradients(model, lambda: soft.losses(model, batch, scale))
     plain = loss_and_gradients(model, lambda: plain_losses(model, examples, soft, scale))
-    torch.testing.assert_close(ours[0], plain[0], rtol=1e-10, atol=0)
-    for name, value in plain[1].items():
-        torch.testing.assert_close(ours[1][name], value, rtol=1e-10, atol=1e-12)
-    for name, gradient in plain[2].items():
-        torch.testing.assert_close(ours[2][name], gradient, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    ours.assert_equal(plain)
 
 
 def test_neighbours_in_a_batch_change_nothing():
