@@ -47,7 +47,7 @@ class BuildError(Exception):
 
 
 class Usage(NamedTuple):
-    """What ptxas reports of one kernel instance. spilled: bytes stored and loaded."""
+    """What ptxas reports of a kernel instance. spilled: bytes stored and loaded. stack: bytes of a thread's arrays."""
 
     source: str
     kernel: str
@@ -55,6 +55,7 @@ class Usage(NamedTuple):
     arch: str
     registers: int
     spilled: int
+    stack: int
 
 
 def nvcc() -> str | None:
@@ -119,16 +120,17 @@ def usage() -> list[Usage]:
     """Registers and spills of every kernel, from the last `build`."""
     found = []
     pattern = re.compile(
-        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers",
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame"
+        r", (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.DOTALL,
     )
     for log in sorted(OBJECTS.glob("device/*.log")):
-        for mangled, arch, stores, loads, registers in pattern.findall(log.read_text()):
+        for mangled, arch, stack, stores, loads, registers in pattern.findall(log.read_text()):
             length, rest = re.findall(r"\A_ZN?L?(\d+)(\w+)", mangled)[0]
             kernel, instance = rest[: int(length)], rest[int(length) :]
             spilled = int(stores) + int(loads)
-            found.append(Usage(log.name.rsplit("-", 1)[0], kernel, instance, arch, int(registers), spilled))
+            source = log.name.rsplit("-", 1)[0]
+            found.append(Usage(source, kernel, instance, arch, int(registers), spilled, int(stack)))
     return found
 
 

@@ -20,6 +20,7 @@
 
 #include "device.h"
 
+// Every loop over streams and over the numbers of a group is unrolled, or its arrays would lie in memory.
 constexpr int MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / 32, MOST_TERMS = 16, MOST_PAIRS = 3;
 
 // Factors that the host knows. By value, so that no copy to the device comes before the launch.
@@ -37,8 +38,10 @@ struct TupleSums {
     float m[K], s[K], z[K], d[K][K];  // z: sum of logits, for label smoothing
 
     __device__ __forceinline__ TupleSums() {
+#pragma unroll
         for (int a = 0; a < K; ++a) {
             m[a] = -FLT_MAX, s[a] = z[a] = 0;  // finite, so that logits of -inf have weight 0
+#pragma unroll
             for (int b = 0; b < K; ++b) d[a][b] = 0;
         }
     }
@@ -46,10 +49,13 @@ struct TupleSums {
     // Every sum becomes what it is against maxima of `top`, which are no less than m.
     __device__ __forceinline__ void lift(const float (&top)[K]) {
         float down[K];
+#pragma unroll
         for (int a = 0; a < K; ++a) down[a] = m[a] - top[a], m[a] = top[a];
+#pragma unroll
         for (int a = 0; a < K; ++a) {
             if (s[a] == 0) continue;  // nothing yet; a sum that is not a number stays so
             float factor = fast_exp2(down[a] * LOG2_E);
+#pragma unroll
             for (int b = 0; b < K; ++b)
                 if (b != a) d[a][b] = factor * (d[a][b] + (down[a] - down[b]) * s[a]);
             s[a] *= factor;
@@ -58,12 +64,15 @@ struct TupleSums {
 
     __device__ __forceinline__ void add(const float (&logit)[K]) {
         float u[K], e[K];
+#pragma unroll
         for (int a = 0; a < K; ++a) {
             u[a] = logit[a] - m[a];
             e[a] = fast_exp2(u[a] * LOG2_E);
             s[a] += e[a], z[a] += logit[a];
         }
+#pragma unroll
         for (int b = 1; b < K; ++b)
+#pragma unroll
             for (int a = 0; a < b; ++a) {
                 float apart = u[a] - u[b];
                 d[a][b] += e[a] * apart;
@@ -74,10 +83,13 @@ struct TupleSums {
     // Joins the sums of all lanes, in every lane.
     __device__ __forceinline__ void join_lanes() {
         float top[K];
+#pragma unroll
         for (int a = 0; a < K; ++a) top[a] = warp_max(m[a]);
         lift(top);
+#pragma unroll
         for (int a = 0; a < K; ++a) {
             s[a] = warp_sum(s[a]), z[a] = warp_sum(z[a]);
+#pragma unroll
             for (int b = 0; b < K; ++b)
                 if (b != a) d[a][b] = warp_sum(d[a][b]);
         }
@@ -92,17 +104,21 @@ struct Tuple {
     // Gradients but for the target's share. With K = 1, p times the scale.
     __device__ __forceinline__ void gradients(const float (&logit)[K], float (&g)[K]) const {
         float u[K], p[K], t[K];
+#pragma unroll
         for (int a = 0; a < K; ++a) {
             u[a] = logit[a] - m[a];
             p[a] = fast_exp2(u[a] * LOG2_E) * inverse[a];
             t[a] = constant[a], g[a] = -spread[a];
         }
+#pragma unroll
         for (int b = 1; b < K; ++b)
+#pragma unroll
             for (int a = 0; a < b; ++a) {
                 float w = pair[pair_of(a, b)], apart = w * (u[a] - u[b]), more = w * (p[a] - p[b]);
                 t[a] += apart, t[b] -= apart;
                 g[a] += more, g[b] -= more;
             }
+#pragma unroll
         for (int a = 0; a < K; ++a) g[a] += p[a] * t[a];
     }
 };
@@ -122,17 +138,22 @@ __global__ void __launch_bounds__(MOST_THREADS)
     TupleSums<K> sums;
     for (int group = i; group < groups; group += threads) {
         Vector16<T> read[K];
+#pragma unroll
         for (int a = 0; a < K; ++a) read[a] = load_16(row + a * stride + group * SIZE);
         float top[K];
         bool higher = false;
+#pragma unroll
         for (int a = 0; a < K; ++a) {
             top[a] = sums.m[a];
+#pragma unroll
             for (int k = 0; k < SIZE; ++k) top[a] = fmaxf(top[a], to_float(read[a].at[k]));
             higher |= top[a] > sums.m[a];
         }
         if (higher) sums.lift(top);
+#pragma unroll
         for (int k = 0; k < SIZE; ++k) {
             float logit[K];
+#pragma unroll
             for (int a = 0; a < K; ++a) logit[a] = to_float(read[a].at[k]);
             sums.add(logit);
         }
@@ -140,6 +161,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
     int last = groups * SIZE + i;  // numbers behind the last whole group, one each
     if (last < v) {
         float logit[K], top[K];
+#pragma unroll
         for (int a = 0; a < K; ++a) logit[a] = to_float(row[a * stride + last]), top[a] = fmaxf(sums.m[a], logit[a]);
         sums.lift(top);
         sums.add(logit);
@@ -155,17 +177,23 @@ __global__ void __launch_bounds__(MOST_THREADS)
         sums.join_lanes();
         Tuple<K> tuple;
         float expected[K][K], log_s[K], hit = 0;
+#pragma unroll
         for (int a = 0; a < K; ++a) log_s[a] = logf(sums.s[a]), tuple.m[a] = sums.m[a], tuple.inverse[a] = 1 / sums.s[a];
+#pragma unroll
         for (int a = 0; a < K; ++a)
+#pragma unroll
             for (int b = 0; b < K; ++b) expected[a][b] = sums.d[a][b] * tuple.inverse[a];
+#pragma unroll
         for (int a = 0; a < K; ++a) {
             int64_t at = blockIdx.x * K + a, right = target[at], kind = term[at];
             bool known = right >= 0 && right < v && kind >= 0 && kind < factors.terms;
             float scale = 0;
+#pragma unroll
             for (int k = 0; k < MOST_TERMS; ++k)
                 if (k == kind) scale = factors.ce[k];
             tuple.spread[a] = scale * factors.spread;
             tuple.constant[a] = scale;
+#pragma unroll
             for (int b = 0; b < K; ++b)
                 if (b != a) tuple.constant[a] -= factors.pair[pair_of(a, b)] * expected[a][b];
             if (a != i) continue;
@@ -176,7 +204,9 @@ __global__ void __launch_bounds__(MOST_THREADS)
             if (factors.smoothing != 0) loss += factors.smoothing * (tuple.m[a] - sums.z[a] / vocabulary + log_s[a]);
             ce[at] = loss;
         }
+#pragma unroll
         for (int b = 1; b < K; ++b)
+#pragma unroll
             for (int a = 0; a < b; ++a) {
                 int pair = pair_of(a, b);
                 tuple.pair[pair] = factors.pair[pair];
@@ -184,8 +214,10 @@ __global__ void __launch_bounds__(MOST_THREADS)
             }
         if (write && mine >= 0) {
             float logit[K], g[K];
+#pragma unroll
             for (int a = 0; a < K; ++a) logit[a] = to_float(row[a * stride + mine]);
             tuple.gradients(logit, g);
+#pragma unroll
             for (int a = 0; a < K; ++a)
                 if (a == i) repaired = g[a] - hit;
         }
@@ -198,22 +230,30 @@ __global__ void __launch_bounds__(MOST_THREADS)
     int rounds = (groups + threads - 1) / threads;
     if (last < v) {
         float logit[K], g[K];
+#pragma unroll
         for (int a = 0; a < K; ++a) logit[a] = to_float(row[a * stride + last]);
         tuple.gradients(logit, g);
+#pragma unroll
         for (int a = 0; a < K; ++a) row[a * stride + last] = from_float<T>(g[a]);
     }
     for (int64_t rest = v + i; rest < stride; rest += threads)
+#pragma unroll
         for (int a = 0; a < K; ++a) row[a * stride + rest] = from_float<T>(0.0f);
     for (int group = (rounds - 1) * threads + i; group >= 0; group -= threads) {
         if (group >= groups) continue;
         Vector16<T> read[K];
+#pragma unroll
         for (int a = 0; a < K; ++a) read[a] = load_16(row + a * stride + group * SIZE);
+#pragma unroll
         for (int k = 0; k < SIZE; ++k) {
             float logit[K], g[K];
+#pragma unroll
             for (int a = 0; a < K; ++a) logit[a] = to_float(read[a].at[k]);
             tuple.gradients(logit, g);
+#pragma unroll
             for (int a = 0; a < K; ++a) read[a].at[k] = from_float<T>(g[a]);
         }
+#pragma unroll
         for (int a = 0; a < K; ++a) store_16(row + a * stride + group * SIZE, read[a]);
     }
     __syncthreads();
