@@ -32,7 +32,14 @@ def attend(q_RHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, mask: SampleMask, dropou
 
 
 def forward_cuda(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor, sizes: list[int], seed: Tensor | None, dropout_p: float, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor,
+    sizes: list[int],
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """o_RHD, and the log-sum-exp of each row's scaled scores, float32 [H, R], -inf for a row without keys.
 
@@ -74,10 +81,11 @@ def backward_cuda(
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    if q.dtype not in DTYPES or q.shape[2] not in WIDTHS or {k.dtype, v.dtype} != {q.dtype} or k.shape[1:] != q.shape[1:]:
+    one_kind = k.dtype == v.dtype == q.dtype and k.shape[1:] == q.shape[1:]
+    if q.dtype not in DTYPES or q.shape[2] not in WIDTHS or not one_kind:
         raise ValueError(
-            f"sample_attention: the kernels take float16 or bfloat16 with heads of {', '.join(map(str, WIDTHS))}, the same "
-            f"for q, k and v, got {q.dtype} {list(q.shape[1:])}, {k.dtype} {list(k.shape[1:])} and {v.dtype}"
+            f"sample_attention: the kernels take float16 or bfloat16 with heads of {', '.join(map(str, WIDTHS))}, "
+            f"the same for q, k and v, got {q.dtype} {list(q.shape[1:])}, {k.dtype} {list(k.shape[1:])} and {v.dtype}"
         )
     if scale <= 0:
         raise ValueError(f"sample_attention: scale must be positive, got {scale}")

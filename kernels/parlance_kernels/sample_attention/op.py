@@ -1,6 +1,7 @@
 """Attention over packed rows under a SampleMask: no padding, and on CPU no mask for the regular patterns.
 
-The CUDA kernels (`cuda.py`, kernels/csrc/attention.h) walk the tiles of 64 x 64 pairs that the mask names and read no mask.
+The CUDA kernels (`cuda.py`, kernels/csrc/attention.h) walk the tiles of 64 x 64 pairs that the mask names and read no
+mask.
 
 The torch backend serves all segments of equal shape with one `scaled_dot_product_attention` call. Batches of
 equal lengths need one call a pattern; ragged ones fall back to a call a segment, which on CPU still beats one
@@ -40,8 +41,8 @@ def sample_attention(
         mask: which keys each row reads.
         dropout_p: probability of dropping an attention weight, drawn from torch's generator.
         scale: factor on the scores, default 1 / sqrt(D).
-        backend: a name that `parlance_kernels.resolve` accepts. The kernels of `cuda` take bf16 and fp16 with D = 32, 64,
-            96 or 128 on a GPU; anything else goes through PyTorch, with a warning where it is on a GPU.
+        backend: a name that `parlance_kernels.resolve` accepts. The kernels of `cuda` take bf16 and fp16 with D = 32,
+            64, 96 or 128 on a GPU; anything else goes through PyTorch, with a warning where it is on a GPU.
 
     Returns:
         o_RHD, equal to `sample_attention_reference` for dropout_p = 0.
@@ -88,8 +89,8 @@ def sample_attention(
 def _warn_once(dtype: torch.dtype, width: int) -> None:
     widths = ", ".join(map(str, cuda.WIDTHS))
     warnings.warn(
-        f"sample_attention: {dtype} with heads of {width} goes through PyTorch, the CUDA kernels take float16 and bfloat16 "
-        f"with heads of {widths}",
+        f"sample_attention: {dtype} with heads of {width} goes through PyTorch, "
+        f"the CUDA kernels take float16 and bfloat16 with heads of {widths}",
         stacklevel=3,
     )
 

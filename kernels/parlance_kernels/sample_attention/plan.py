@@ -64,7 +64,7 @@ def _row_tiles(mask: SampleMask) -> np.ndarray:
 
 
 def _key_tiles(mask: SampleMask) -> tuple[np.ndarray, np.ndarray]:
-    """[M, 4], those with most rows first, and the readers of each. They cover all keys, also those that nobody reads."""
+    """[M, 4], those with most rows first, and the readers of each. They cover all keys, also those nobody reads."""
     t = mask.table.astype(np.int64)
     _, rows, key_start, prefix, prefix_step, window_start, window_step, window_len = t.T
     cuts = np.unique(np.concatenate([[0, mask.n_keys], key_start]))

@@ -19,9 +19,10 @@ def mask_of(samples):
     segments, row, key = [], 0, 0
     for sample in samples:
         reach = 0
-        for rows, prefix, prefix_step, window_start, window_step, window_len in (x for x in sample if isinstance(x, tuple)):
+        for line in (x for x in sample if isinstance(x, tuple)):
+            rows, prefix, prefix_step, window_start, window_step, window_len = line
             last = rows - 1
-            segments.append((row, rows, key, prefix, prefix_step, window_start, window_step, window_len))
+            segments.append((row, rows, key, *line[1:]))
             window_end = max(window_start, window_start + last * window_step) + window_len if window_len else 0
             reach = max(reach, prefix + max(0, last * prefix_step), window_end)
             row += rows
