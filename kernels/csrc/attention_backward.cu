@@ -10,8 +10,10 @@
 //   3  32 columns at a time, so that scores and gradients of a whole tile never wait in registers together.
 //   4  delta comes from dQ's kernel, which has dO in shared memory; no launch of its own.
 //   5  Parts of 16 x 16 that are not read are skipped as in the forward.
+//   6  K's strip is read again for each product where two sums of 64 columns wait in registers: 151 of them, no spill.
+//   7  Short samples: dQ from resident keys, as in the forward; dK and dV as before, from a list of the rows that read them.
 
-#include "attention.h"
+#include "attention_rows.h"
 
 constexpr int PASS = 32, GROUPS = PASS / 16;
 
@@ -20,112 +22,58 @@ template <class T, int D>
 __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2)
     attention_d_q(Attention a, const RowTile* work, const T* q, const T* k, const T* v, const T* o, const float* lse,
                   const T* d_o, float* delta, T* d_q) {
-    int head = blockIdx.x % a.heads, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int head = blockIdx.x % a.heads, strip = threadIdx.x / 32 * STRIP;
     RowTile w = work[blockIdx.x / a.heads];
     const Segment s = a.segments[w.segment];
-    int rows = min(TILE, s.rows - w.row), strip = threadIdx.x / 32 * STRIP;
-    int row = w.row + strip, row_end = w.row + min(rows, strip + STRIP);
-    int64_t stride = int64_t{a.heads} * D;
+    int end = min(w.row + TILE, s.rows), row = w.row + strip, row_end = min(row + STRIP, end);
     T* q_tile = reinterpret_cast<T*>(shared_memory());
     T* d_o_tile = q_tile + AREA<D>;
-    T* stages = d_o_tile + AREA<D>;  // K, V; K, V
-    RowKeys all = hull(s, w.row, w.row + rows);
-    KeyTiles tiles = key_tiles(s, w.row, w.row + rows, TILE);
-    auto fetch = [&](int i) {
-        T* to = stages + i % 2 * 2 * AREA<D>;
-        int from = tiles.at(i);
-        auto is_read = [&](int at) { return reads(all, from + at); };
-        fetch_rows<T, D>(to, k + head * D, stride, s.key_start + from, is_read);
-        fetch_rows<T, D>(to + AREA<D>, v + head * D, stride, s.key_start + from, is_read);
-        cp_async_commit();
-    };
-    auto exists = [&](int at) { return at < rows; };
-    fetch_rows<T, D>(q_tile, q + head * D, stride, s.row_start + w.row, exists);
-    fetch_rows<T, D>(d_o_tile, d_o + head * D, stride, s.row_start + w.row, exists);
-    cp_async_commit();
-    if (tiles.count) fetch(0);
-    cp_async_wait<0>();
-    __syncthreads();
+    StripGradient<T, D> gradient;
+    walk_tiles<T, D>(
+        a, s, head, w.row, end, k, v, d_o_tile + AREA<D>,
+        [&] {
+            auto exists = [&](int at) { return w.row + at < end; };
+            int64_t stride = int64_t{a.heads} * D, first = s.row_start + w.row;
+            fetch_rows<T, D>(q_tile, q + head * D, stride, first, exists);
+            fetch_rows<T, D>(d_o_tile, d_o + head * D, stride, first, exists);
+        },
+        [&] {
+            const T* d_o_rows = d_o_tile + strip * PITCH<D>;
+            gradient.load(a, s, head, row, row_end, q_tile + strip * PITCH<D>, d_o_rows, o, lse, delta);
+        },
+        [&](int key, const T* k_tile, const T* v_tile) {
+            if (row < end) gradient.read(a, s, head, row, row_end, key, k_tile, v_tile);
+        });
+    if (row < end) gradient.store(a, s, head, row, row_end, q_tile + strip * PITCH<D>, d_q);
+}
 
-    // Two lanes a row, each half of it.
-    float both = 0;
-    int64_t stat = head * a.rows + s.row_start + row;
-    if (int r = lane / 2; row + r < row_end) {
-        const T* left = o + (s.row_start + row + r) * stride + head * D + lane % 2 * (D / 2);
-        const T* right = d_o_tile + (strip + r) * PITCH<D> + lane % 2 * (D / 2);
-#pragma unroll
-        for (int at = 0; at < D / 2; at += 8) {
-            Vector16<T> x = load_16(left + at), y = load_16(right + at);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) both += to_float(x.at[i]) * to_float(y.at[i]);
-        }
-    }
-    both += __shfl_xor_sync(0xffffffffu, both, 1);
-    if (lane % 2 == 0 && row + lane / 2 < row_end) delta[stat + lane / 2] = both;
-    float owed = __shfl_sync(0xffffffffu, both, 2 * g), owed_8 = __shfl_sync(0xffffffffu, both, 2 * g + 16);
-    // Rows that are none have weight 0.
-    float base = row + g < row_end ? lse[stat + g] * LOG2_E : INFINITY;
-    float base_8 = row + g + 8 < row_end ? lse[stat + g + 8] * LOG2_E : INFINITY;
-
-    Strip<T, D, D <= 64> q_strip, d_o_strip;
-    q_strip.load(q_tile + strip * PITCH<D>);
-    d_o_strip.load(d_o_tile + strip * PITCH<D>);
-    float sum[D / 8][4] = {};
-    float to_base_2 = a.scale * LOG2_E;
-    for (int i = 0; i < tiles.count; ++i) {
-        if (i) cp_async_wait<0>(), __syncthreads();
-        if (i + 1 < tiles.count) fetch(i + 1);
-        if (strip >= rows) continue;
-        const T* k_tile = stages + i % 2 * 2 * AREA<D>;
-#pragma unroll
-        for (int pass = 0; pass < TILE / PASS; ++pass) {
-            int key = tiles.at(i) + pass * PASS;
-            TileClass kind = classify(s, row, row_end, key, key + PASS);
-            if (kind == TILE_EMPTY) continue;
-            uint32_t live = kind == TILE_FULL ? (1u << GROUPS) - 1 : live_key_groups(s, row, row_end, key, GROUPS);
-            const T* k_rows = k_tile + pass * PASS * PITCH<D>;
-            float x[2 * GROUPS][4] = {}, y[2 * GROUPS][4] = {};
-            add_scores<T, D, GROUPS>(x, q_strip, lane_of_columns<D>(k_rows), live);
-            add_scores<T, D, GROUPS>(y, d_o_strip, lane_of_columns<D>(k_rows + AREA<D>), live);
-#pragma unroll
-            for (int j = 0; j < 2 * GROUPS; ++j)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    x[j][e] = fast_exp2(x[j][e] * to_base_2 - base);
-                    x[j][2 + e] = fast_exp2(x[j][2 + e] * to_base_2 - base_8);
-                }
-            if (a.drop_below) {
-                drop<GROUPS>(y, a, s, head, row + g, key + 2 * t);
-#pragma unroll
-                for (int j = 0; j < 2 * GROUPS; ++j)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) y[j][e] *= a.keep_factor;
+// The same for short samples.
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2)
+    attention_d_q_short(Attention a, const KeyTile* work, const RowTile* strips, const T* q, const T* k, const T* v,
+                        const T* o, const float* lse, const T* d_o, float* delta, T* d_q, int room) {
+    int head = blockIdx.x % a.heads;
+    T* k_rows = reinterpret_cast<T*>(shared_memory());
+    T* v_rows = k_rows + room * PITCH<D>;
+    T* q_rows = v_rows + room * PITCH<D> + threadIdx.x / 32 * 2 * STRIP * PITCH<D>;
+    T* d_o_rows = q_rows + STRIP * PITCH<D>;
+    walk_strips<T, D>(
+        a, work[blockIdx.x / a.heads], strips, head, k, v, k_rows, v_rows,
+        [&](const Segment& s, int row, int row_end) {
+            int64_t stride = int64_t{a.heads} * D, first = s.row_start + row;
+            fetch_strip<T, D>(q_rows, q + head * D, stride, first, row_end - row);
+            fetch_strip<T, D>(d_o_rows, d_o + head * D, stride, first, row_end - row);
+        },
+        [&](const Segment& s, int row, int row_end) {
+            StripGradient<T, D> gradient;
+            gradient.load(a, s, head, row, row_end, q_rows, d_o_rows, o, lse, delta);
+            KeyTiles tiles = key_tiles(s, row, row_end, TILE);
+            for (int i = 0; i < tiles.count; ++i) {
+                int key = tiles.at(i), from = key * PITCH<D>;
+                gradient.read(a, s, head, row, row_end, key, k_rows + from, v_rows + from);
             }
-#pragma unroll
-            for (int j = 0; j < 2 * GROUPS; ++j)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    x[j][e] *= y[j][e] - owed;
-                    x[j][2 + e] *= y[j][2 + e] - owed_8;
-                }
-            if (kind == TILE_PARTIAL) {
-                RowKeys mine = row_keys(s, row + g), mine_8 = row_keys(s, row + g + 8);
-#pragma unroll
-                for (int j = 0; j < 2 * GROUPS; ++j)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        int at = key + 8 * j + 2 * t + e;
-                        if (!reads(mine, at)) x[j][e] = 0;
-                        if (!reads(mine_8, at)) x[j][2 + e] = 0;
-                    }
-            }
-            add_weighted<T, D, GROUPS>(sum, x, lane_of_rows<D>(k_rows), live);
-        }
-    }
-
-    if (strip >= rows) return;
-    T* to = d_q + (s.row_start + row) * stride + head * D;
-    store_strip<T, D>(q_tile + strip * PITCH<D>, sum, a.scale, a.scale, to, stride, row_end - row);
+            gradient.store(a, s, head, row, row_end, q_rows, d_q);
+        });
 }
 
 // Bit 4 j + i: x[j][i] of a strip of keys by 32 rows is dropped; `row` and `key` are those of the lane's x[0][0].
@@ -268,26 +216,32 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2)
     store_strip<T, D>(v_tile + strip * PITCH<D>, sum_v, a.keep_factor, a.keep_factor, d_v + to, stride, keys);
 }
 
-// Row tiles as in the forward; key tiles cover all keys. delta: [heads, rows], made on the way.
-extern "C" int parlance_attention_backward(const int* segments, const int* row_work, const int* key_work, const int* readers,
-                                           const void* q, const void* k, const void* v, const void* o, const float* lse,
-                                           const void* d_o, float* delta, void* d_q, void* d_k, void* d_v,
-                                           const int64_t* seed, int64_t n_row_work, int64_t n_key_work, int64_t rows,
-                                           int64_t heads, int64_t width, int64_t drop_below, int64_t dtype, double scale,
-                                           void* stream) {
+// Row tiles and short samples as in the forward; key tiles cover all keys. delta: [heads, rows], made on the way.
+extern "C" int parlance_attention_backward(const int* segments, const int* work, const int* short_work, const int* strips,
+                                           const int* key_work, const int* readers, const void* q, const void* k,
+                                           const void* v, const void* o, const float* lse, const void* d_o, float* delta,
+                                           void* d_q, void* d_k, void* d_v, const int64_t* seed, int64_t n_work,
+                                           int64_t n_short, int64_t room, int64_t n_key_work, int64_t rows, int64_t heads,
+                                           int64_t width, int64_t drop_below, int64_t dtype, double scale, void* stream) {
     Attention a = attention_of(segments, seed, rows, heads, drop_below, scale);
     return for_each_kind(dtype, width, [&](auto sample, auto constant) {
         using T = decltype(sample);
         constexpr int D = decltype(constant)::value;
         auto in = [](const void* x) { return static_cast<const T*>(x); };
         auto out = [](void* x) { return static_cast<T*>(x); };
+        auto blocks = [&](int64_t n) { return dim3(static_cast<unsigned>(n * heads)); };
         size_t bytes = 6 * AREA<D> * sizeof(T);
-        dim3 grid(static_cast<unsigned>(n_row_work * heads));
-        int error = launch(attention_d_q<T, D>, grid, THREADS, bytes, stream, a, reinterpret_cast<const RowTile*>(row_work),
-                           in(q), in(k), in(v), in(o), lse, in(d_o), delta, out(d_q));
-        if (error) return error;
-        grid = dim3(static_cast<unsigned>(n_key_work * heads));
-        return launch(attention_d_kv<T, D>, grid, THREADS, bytes + 4 * TILE * sizeof(float), stream, a,
+        int error = launch(attention_d_q<T, D>, blocks(n_work), THREADS, bytes, stream, a,
+                           reinterpret_cast<const RowTile*>(work), in(q), in(k), in(v), in(o), lse, in(d_o), delta, out(d_q));
+        if (error || (n_short && D > 64)) return error ? error : INVALID_VALUE;
+        if constexpr (D <= 64) {
+            error = launch(attention_d_q_short<T, D>, blocks(n_short), THREADS, (2 * room + 2 * TILE) * PITCH<D> * sizeof(T),
+                           stream, a, reinterpret_cast<const KeyTile*>(short_work),
+                           reinterpret_cast<const RowTile*>(strips), in(q), in(k), in(v), in(o), lse, in(d_o), delta,
+                           out(d_q), room);
+            if (error) return error;
+        }
+        return launch(attention_d_kv<T, D>, blocks(n_key_work), THREADS, bytes + 4 * TILE * sizeof(float), stream, a,
                       reinterpret_cast<const KeyTile*>(key_work), readers, in(q), in(k), in(v), lse, in(d_o), delta, out(d_k),
                       out(d_v));
     });

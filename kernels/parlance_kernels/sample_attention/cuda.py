@@ -27,7 +27,7 @@ def attend(q_RHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, mask: SampleMask, dropou
     seed = None
     if dropout_p > 0:
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), dtype=torch.int64, device=q_RHD.device)
-    o_RHD, _ = attention(q_RHD, k_KHD, v_KHD, *plan(mask, q_RHD.device), seed, dropout_p, scale)
+    o_RHD, _ = attention(q_RHD, k_KHD, v_KHD, *plan(mask, q_RHD.device, q_RHD.shape[2]), seed, dropout_p, scale)
     return o_RHD
 
 
@@ -37,22 +37,23 @@ def forward_cuda(
     v: Tensor,
     words: Tensor,
     sizes: list[int],
+    room: int,
     seed: Tensor | None,
     dropout_p: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """o_RHD, and the log-sum-exp of each row's scaled scores, float32 [H, R], -inf for a row without keys.
 
-    words, sizes: a `Plan`. Dropout is by pair of row and key, with probability in steps of 2^-16.
+    words, sizes, room: a `Plan`. Dropout is by pair of row and key, with probability in steps of 2^-16.
 
     Raises:
         ValueError: no kernel takes this dtype or width, or the scale is not positive.
     """
     q, k, v = _inputs(q, k, v, scale)
-    o_RHD, lse_HR = _like(q, k, v, words, sizes, seed, dropout_p, scale)
-    segments, row_tiles, _, _ = parts(words, sizes)
-    shape = sizes[1], *q.shape, _drop_below(seed, dropout_p), library.dtype_code(q)
-    library.call("parlance_attention_forward", segments, row_tiles, q, k, v, o_RHD, lse_HR, seed, *shape, float(scale))
+    o_RHD, lse_HR = _like(q, k, v)
+    tensors = *parts(words, sizes)[:4], q, k, v, o_RHD, lse_HR, seed
+    numbers = *sizes[1:3], room, *q.shape, _drop_below(seed, dropout_p), library.dtype_code(q)
+    library.call("parlance_attention_forward", *tensors, *numbers, float(scale))
     return o_RHD, lse_HR
 
 
@@ -65,6 +66,7 @@ def backward_cuda(
     lse_HR: Tensor,
     words: Tensor,
     sizes: list[int],
+    room: int,
     seed: Tensor | None,
     dropout_p: float,
     scale: float,
@@ -72,11 +74,11 @@ def backward_cuda(
     """d_q, d_k, d_v, the same bits every time. Arguments are those and the results of the forward."""
     q, k, v = _inputs(q, k, v, scale)
     d_o, o = (_aligned(x) for x in (d_o, o))
-    d_q, d_k, d_v = _gradients_like(d_o, q, k, v, o, lse_HR, words, sizes, seed, dropout_p, scale)
+    d_q, d_k, d_v = _gradients_like(d_o, q, k, v)
     delta_HR = torch.empty_like(lse_HR)
     tensors = *parts(words, sizes), q, k, v, o, lse_HR, d_o, delta_HR, d_q, d_k, d_v, seed
-    shape = *sizes[1:], *q.shape, _drop_below(seed, dropout_p), library.dtype_code(q)
-    library.call("parlance_attention_backward", *tensors, *shape, float(scale))
+    numbers = *sizes[1:3], room, sizes[4], *q.shape, _drop_below(seed, dropout_p), library.dtype_code(q)
+    library.call("parlance_attention_backward", *tensors, *numbers, float(scale))
     return d_q, d_k, d_v
 
 
@@ -101,7 +103,7 @@ def _drop_below(seed: Tensor | None, dropout_p: float) -> int:
     return 0 if seed is None else min(round(dropout_p * DROP_STEPS), DROP_STEPS - 1)
 
 
-def _like(q: Tensor, k: Tensor, v: Tensor, words: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _like(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rows, heads, _width = q.shape
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(heads, rows, dtype=torch.float32)
 
@@ -120,15 +122,16 @@ attention_backward.register_fake(_gradients_like)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, words, ctx.sizes, seed, ctx.dropout_p, ctx.scale = inputs
+    q, k, v, words, ctx.sizes, ctx.room, seed, ctx.dropout_p, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, words, seed)
 
 
 def _differentiate(ctx: Any, d_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse_HR, words, seed = ctx.saved_tensors
-    found = attention_backward(d_o, q, k, v, o, lse_HR, words, ctx.sizes, seed, ctx.dropout_p, ctx.scale)
-    return *found, None, None, None, None, None
+    plan_ = words, ctx.sizes, ctx.room
+    found = attention_backward(d_o, q, k, v, o, lse_HR, *plan_, seed, ctx.dropout_p, ctx.scale)
+    return *found, None, None, None, None, None, None
 
 
 attention.register_autograd(_differentiate, setup_context=_remember)

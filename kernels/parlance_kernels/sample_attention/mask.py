@@ -157,7 +157,7 @@ class SampleMask:
 
     @cached_property
     def kept(self) -> dict[object, object]:
-        """What a backend makes of this mask once and uses in every layer, by device."""
+        """What a backend makes of this mask once and uses in every layer."""
         return {}
 
     @cached_property

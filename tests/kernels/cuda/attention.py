@@ -64,7 +64,7 @@ def exact(q, k, v, d_o, mask, scale, kept=None):
 
 def kernels(q, k, v, d_o, mask, scale, seed=None, p=0.0):
     """The same from the kernels."""
-    given = *plan(mask, CPU), seed, p, scale
+    given = *plan(mask, CPU, q.shape[2]), seed, p, scale
     o, lse = cuda.forward_cuda(q, k, v, *given)
     return [o, lse, *cuda.backward_cuda(d_o, q, k, v, o, lse, *given)]
 
