@@ -10,7 +10,7 @@
 //   3  32 columns at a time, so that scores and gradients of a whole tile never wait in registers together.
 //   4  delta comes from dQ's kernel, which has dO in shared memory; no launch of its own.
 //   5  Parts of 16 x 16 that are not read are skipped as in the forward.
-//   6  K's strip is read again for each product where two sums of 64 columns wait in registers: 151 of them, no spill.
+//   6  K's strip is read again for each product where two sums of 64 columns wait in registers: nothing spills.
 //   7  Short samples: dQ from resident keys, as in the forward; dK and dV as before, from a list of the rows that read them.
 
 #include "attention_rows.h"

@@ -24,6 +24,8 @@ def supports(q_RHD: Tensor) -> bool:
 
 def attend(q_RHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, mask: SampleMask, dropout_p: float, scale: float) -> Tensor:
     """o_RHD as `sample_attention` says. The seed of dropout comes from torch's generator and stays on the device."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"sample_attention: dropout_p must be 0 .. 1 without 1, got {dropout_p}")
     seed = None
     if dropout_p > 0:
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), dtype=torch.int64, device=q_RHD.device)

@@ -11,6 +11,7 @@ from parlance_kernels.sample_attention.plan import plan
 from tests.kernels.cuda.emulation import host_library
 
 CPU = torch.device("cpu")
+NAMES = ["o", "lse", "d_q", "d_k", "d_v"]
 
 
 def mask_of(samples):
@@ -54,7 +55,7 @@ def tensors(mask, heads, width, dtype, seed=0):
 def exact(q, k, v, d_o, mask, scale, kept=None):
     """o, lse, d_q, d_k, d_v in float64. kept: [H, R, K] factors that dropout gives the weights."""
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
-    visible = mask.materialise()
+    visible = mask.materialise().to(q.device)
     scores = torch.einsum("rhd,khd->hrk", q, k) * scale
     lse = scores.masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
     weights = torch.where(visible, (scores - lse.masked_fill(lse.isinf(), 0)[..., None]).exp(), 0.0)
@@ -64,9 +65,18 @@ def exact(q, k, v, d_o, mask, scale, kept=None):
 
 def kernels(q, k, v, d_o, mask, scale, seed=None, p=0.0):
     """The same from the kernels."""
-    given = *plan(mask, CPU, q.shape[2]), seed, p, scale
+    given = *plan(mask, q.device, q.shape[2]), seed, p, scale
     o, lse = cuda.forward_cuda(q, k, v, *given)
     return [o, lse, *cuda.backward_cuda(d_o, q, k, v, o, lse, *given)]
+
+
+def close(found, right, dtype):
+    """Asserts that what `kernels` gave is what `exact` gave, but for the rounding of `dtype`."""
+    for name, ours, theirs in zip(NAMES, found, right, strict=True):
+        unit = 1e-6 if name == "lse" else 2e-3 if dtype == torch.float16 else 1e-2
+        assert torch.equal(ours.isinf(), theirs.isinf()), name
+        ours, theirs = (x.double().masked_fill(x.isinf(), 0) for x in (ours, theirs))
+        assert float((ours - theirs).abs().max()) <= unit * max(1.0, float(theirs.abs().max())), name
 
 
 def kept_factors(mask, heads, seed, p):

@@ -2,22 +2,33 @@
 
 import functools
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 from parlance_kernels import SampleMask, backend, sample_attention
-from parlance_kernels.sample_attention import cuda
+from parlance_kernels.sample_attention import cuda, op
 from parlance_kernels.sample_attention import plan as planning
 from parlance_kernels.sample_attention.plan import STRIP, STRIPS, TILE, parts, plan
 from parlance_kernels.sample_attention.reference import sample_attention_reference
-from tests.kernels.cuda.attention import CPU, causal, exact, janus, kept_factors, kernels, mask_of, tensors
+from tests.kernels.cuda.attention import (
+    CPU,
+    NAMES,
+    causal,
+    close,
+    exact,
+    janus,
+    kept_factors,
+    kernels,
+    mask_of,
+    tensors,
+)
 from tests.kernels.cuda.emulation import emulated, guarded, untouched
 from tests.kernels.cuda.test_shared_header import random_segment
 
 HALF, BF16 = torch.float16, torch.bfloat16
-NAMES = ["o", "lse", "d_q", "d_k", "d_v"]
 FULL = [(1, 1, 0, 0, 0, 0)]
 MASKS = {
     "one pair": [FULL],
@@ -45,14 +56,6 @@ def shape(request, monkeypatch):
     if request.param == "long":
         monkeypatch.setattr(planning, "SHORT_KEYS", 0)
     return request.param
-
-
-def close(found, right, dtype):
-    for name, ours, theirs in zip(NAMES, found, right, strict=True):
-        unit = 1e-6 if name == "lse" else 2e-3 if dtype == HALF else 1e-2
-        assert torch.equal(ours.isinf(), theirs.isinf()), name
-        ours, theirs = (x.double().masked_fill(x.isinf(), 0) for x in (ours, theirs))
-        assert float((ours - theirs).abs().max()) <= unit * max(1.0, float(theirs.abs().max())), name
 
 
 @pytest.mark.parametrize(("name", "dtype", "width"), CASES)
@@ -309,6 +312,20 @@ def test_the_backend_reaches_them_with_the_gradients_of_the_definition(monkeypat
     assert torch.equal(first, again)
 
 
+def test_what_no_kernel_takes_goes_through_pytorch_with_a_warning(monkeypatch):
+    monkeypatch.setattr(backend, "available_backends", lambda: ("torch", "cuda"))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    mask = mask_of([causal(4)])
+    *given, _ = tensors(mask, 1, 48, torch.float32)
+    op._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"torch.float32 with heads of 48 goes through PyTorch.*32, 64, 96, 128"):
+        found = sample_attention(*given, mask)
+    torch.testing.assert_close(found, sample_attention_reference(*given, mask))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample_attention(*given, mask)
+
+
 def test_what_no_kernel_takes():
     mask = mask_of([causal(3)])
     q, k, v, d_o = tensors(mask, 1, 48, HALF)
@@ -319,3 +336,5 @@ def test_what_no_kernel_takes():
         kernels(q.float(), k, v, d_o, mask, 1.0)
     with emulated(), pytest.raises(ValueError, match="scale must be positive, got 0"):
         kernels(q, k, v, d_o, mask, 0)
+    with pytest.raises(ValueError, match=r"dropout_p must be 0 \.\. 1 without 1, got 1\.0"):
+        cuda.attend(q, k, v, mask, 1.0, 1.0)
