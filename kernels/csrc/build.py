@@ -28,18 +28,8 @@ ARCHS = "80+PTX;90a"
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads", "2", "-Xcompiler", "-fPIC,-Wall", "-Xptxas", "-v", "-c"]
 LINK_FLAGS = ["-shared", "-Xlinker", "--exclude-libs=ALL"]  # torch brings a CUDA runtime of its own
 # Without fortification: longjmp between stacks is what fibers do.
-HOST_FLAGS = [
-    "-std=c++17",
-    "-O1",
-    "-fPIC",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unknown-pragmas",
-    "-U_FORTIFY_SOURCE",
-    "-c",
-    "-x",
-    "c++",
-]
+HOST_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-c", "-x", "c++"]
+HOST_FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
 class BuildError(Exception):

@@ -156,6 +156,11 @@ class SampleMask:
         return SampleMask.build(joined, self.n_keys)
 
     @cached_property
+    def kept(self) -> dict[object, object]:
+        """What a backend makes of this mask once and uses in every layer."""
+        return {}
+
+    @cached_property
     def groups(self) -> list[Group]:
         """Segments gathered by equal shape, in order of first appearance."""
         found: dict[tuple[int, ...], list[int]] = {}

@@ -1,5 +1,8 @@
 """Attention over packed rows under a SampleMask: no padding, and on CPU no mask for the regular patterns.
 
+The CUDA kernels (`cuda.py`, kernels/csrc/attention.h) walk the tiles of 64 x 64 pairs that the mask names and read no
+mask.
+
 The torch backend serves all segments of equal shape with one `scaled_dot_product_attention` call. Batches of
 equal lengths need one call a pattern; ragged ones fall back to a call a segment, which on CPU still beats one
 padded call with a dense mask.
@@ -7,7 +10,10 @@ padded call with a dense mask.
 Shapes: R rows, K keys, H heads, D head width, B members of a group, T rows or keys of a member.
 """
 
+import math
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -15,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parlance_kernels.backend import resolve
+from parlance_kernels.sample_attention import cuda
 from parlance_kernels.sample_attention.mask import SampleMask
 
 
@@ -34,7 +41,8 @@ def sample_attention(
         mask: which keys each row reads.
         dropout_p: probability of dropping an attention weight, drawn from torch's generator.
         scale: factor on the scores, default 1 / sqrt(D).
-        backend: a name that `parlance_kernels.resolve` accepts.
+        backend: a name that `parlance_kernels.resolve` accepts. The kernels of `cuda` take bf16 and fp16 with D = 32,
+            64, 96 or 128 on a GPU; anything else goes through PyTorch, with a warning where it is on a GPU.
 
     Returns:
         o_RHD, equal to `sample_attention_reference` for dropout_p = 0.
@@ -42,7 +50,7 @@ def sample_attention(
     Raises:
         ValueError: if a shape contradicts the mask or the backend is unknown.
     """
-    resolve(backend)
+    chosen = resolve(backend)
     if q_RHD.shape[0] != mask.n_rows or k_KHD.shape[0] != mask.n_keys or v_KHD.shape != k_KHD.shape:
         raise ValueError(
             f"q, k, v must have {mask.n_rows}, {mask.n_keys}, {mask.n_keys} rows as the mask says, "
@@ -51,6 +59,11 @@ def sample_attention(
     if not len(mask):
         # Keeps q, k and v in the graph, so that an empty micro-batch runs the same backward as a full one.
         return q_RHD + 0.0 * (k_KHD.sum() + v_KHD.sum())
+    if chosen == "cuda" and q_RHD.is_cuda:
+        if cuda.supports(q_RHD):
+            scale = 1.0 / math.sqrt(q_RHD.shape[2]) if scale is None else scale
+            return cuda.attend(q_RHD, k_KHD, v_KHD, mask, dropout_p, scale)
+        _warn_once(q_RHD.dtype, q_RHD.shape[2])
     rows = mask.table[:, 1].tolist()
     q_parts = q_RHD.split(rows)
     k_blocks, v_blocks = _KeyBlocks(k_KHD, mask), _KeyBlocks(v_KHD, mask)
@@ -70,6 +83,16 @@ def sample_attention(
         for i, o_THD in zip(group.members, o_BHTD.transpose(1, 2).unbind(), strict=True):
             o_parts[i] = o_THD
     return o_parts[0] if len(o_parts) == 1 else torch.cat(o_parts)
+
+
+@cache
+def _warn_once(dtype: torch.dtype, width: int) -> None:
+    widths = ", ".join(map(str, cuda.WIDTHS))
+    warnings.warn(
+        f"sample_attention: {dtype} with heads of {width} goes through PyTorch, "
+        f"the CUDA kernels take float16 and bfloat16 with heads of {widths}",
+        stacklevel=3,
+    )
 
 
 def _stack(parts_THD: Sequence[Tensor]) -> Tensor:
