@@ -1,6 +1,7 @@
 """Row 8: statistics of an off-ramp over a chain of PyTorch, and over the product that makes its logits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from gpu_harness import Bench
@@ -23,14 +24,12 @@ def rows(bench: Bench) -> Iterator[Row]:
         logits_LV = F.linear(h_LD, weight_VD)
         says = _check(bench, logits_LV)
 
-        def product(h_LD: Tensor = h_LD) -> Tensor:
-            return F.linear(h_LD, weight_VD)
-
+        product = partial(F.linear, h_LD, weight_VD)
         times = bench.times(
             [
-                lambda z=logits_LV: chain(z),
-                lambda z=logits_LV: offramp_stats(z, BANNED, backend=bench.backend),
-                lambda p=product: offramp_stats(p(), BANNED, backend=bench.backend),
+                partial(chain, logits_LV),
+                partial(offramp_stats, logits_LV, BANNED, backend=bench.backend),
+                partial(_offramp, product, bench.backend),
                 product,
             ],
             ahead=True,
@@ -40,6 +39,10 @@ def rows(bench: Bench) -> Iterator[Row]:
         yield times.ratio(f"8 torch chain / off-ramp statistics, {count} rows", 0, 1, least, True, shape)
         yield times.ratio(f"8 off-ramp / its product alone, {count} rows", 2, 3, target, False, shape)
     yield _copies(bench)
+
+
+def _offramp(product: Callable[[], Tensor], backend: str) -> object:
+    return offramp_stats(product(), BANNED, backend=backend)
 
 
 def chain(logits_LV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,18 +71,12 @@ def _copies(bench: Bench) -> Row:
     order_A = torch.randperm(count // 2, generator=torch.Generator().manual_seed(0)).to(bench.device)
     left_N, stays_S = order_A[: count // 4].sort().values, order_A[count // 4 :].sort().values
 
-    def run(function: object) -> tuple[Tensor, ...]:
-        assert callable(function)
+    def run(function: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         given = [x.detach().requires_grad_() for x in (table_UD, out_AD)]
         made = function(given[0], count // 2, given[1], left_N, stays_S, False)
         return (*(x.detach() for x in made), *torch.autograd.grad(made, given, [x.detach() for x in made]))
 
-    def ours(*given: object) -> tuple[Tensor, Tensor]:
-        return exit_copy(*given, backend=bench.backend)  # type: ignore[arg-type]
-
-    def theirs(*given: object) -> tuple[Tensor, Tensor]:
-        return exit_copy(*given, backend="torch")  # type: ignore[arg-type]
-
+    ours, theirs = (partial(exit_copy, backend=backend) for backend in (bench.backend, "torch"))
     small = (
         table_UD[:8],
         4,

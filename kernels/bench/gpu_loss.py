@@ -1,6 +1,7 @@
 """Row 7: the vocabulary loss of triplets and AR rows over the log-softmax chain, and over its products alone."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,13 +35,13 @@ def rows(bench: Bench) -> Iterator[Row]:
     yield times.ratio("7 torch chain / vocab_loss", 0, 1, 3.0, True, detail)
     yield times.ratio("7 vocab_loss / its products alone", 1, 2, 1.2, False, detail)
     try:
-        chain, ours = (bench.peak_bytes(lambda f=f: f(all_rows.low)) for f in (all_rows.chain, all_rows.run))
+        chain, ours = (bench.peak_bytes(partial(f, all_rows.low)) for f in (all_rows.chain, all_rows.run))
         told = f"{chain / 1e6:.0f} MB over {ours / 1e6:.0f} MB above the inputs, gradients included; {detail}"
         yield Row("7 extra memory: torch chain / vocab_loss", chain / ours, 8.0, "min", told)
     except CannotRun as why:
         bench.skip("7 extra memory: torch chain / vocab_loss", why)
     for chunk in CHUNKS:
-        times = bench.times([lambda c=chunk: all_rows.run(all_rows.low, c), all_rows.products], repeats=15, ahead=True)
+        times = bench.times([partial(all_rows.run, all_rows.low, chunk), all_rows.products], repeats=15, ahead=True)
         yield times.ratio(f"7 with chunks of {chunk} rows / products alone", 0, 1, None, False, f"{n} rows")
     kept = cuda.THREADS
     try:
@@ -67,16 +68,16 @@ class _Case:
             "term_R": torch.tensor([0, 0, 1, 2]).repeat_interleave(triplets),
             "tuple_PK": torch.stack([order, order + 2 * triplets, order + 3 * triplets], dim=1),
         }
-        self.index = {name: x.to(bench.device) for name, x in index.items()}
+        self.index: dict[str, Any] = {name: x.to(bench.device) for name, x in index.items()}
 
     def run(self, given: tuple[Tensor, ...], chunk: int | None = None) -> tuple[Tensor, ...]:
         """Loss and gradients by the operator."""
-        total = vocab_loss(*given, **self.index, **TERMS, chunk_rows=chunk, backend=self.bench.backend)[0]
+        total = vocab_loss(given[0], given[1], **self.index, **TERMS, chunk_rows=chunk, backend=self.bench.backend)[0]
         return (total.detach(), *torch.autograd.grad(total, given))
 
     def chain(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The same by its definition."""
-        total = vocab_loss_reference(*given, **self.index, **TERMS)[0]
+        total = vocab_loss_reference(given[0], given[1], **self.index, **TERMS)[0]
         return (total.detach(), *torch.autograd.grad(total, given))
 
     @torch.no_grad()
