@@ -19,7 +19,7 @@ TERMS: dict[str, Any] = {
     "kl_scale": (4e-3, 5e-3, 6e-3),
     "label_smoothing": 0.1,
 }
-CHUNKS, THREADS = (2048, 4096, 8192), (256, 512, 1024)
+CHUNKS, THREADS = (2048, 4096, 8192), (128, 256, 512)
 
 
 def rows(bench: Bench) -> Iterator[Row]:

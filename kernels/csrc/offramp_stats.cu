@@ -68,8 +68,8 @@ __device__ __forceinline__ void join_lanes(RampSums& x) {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    offramp_stats(const T* logits, Banned banned, float* entropy, int64_t* token, float* log_p, float* top, float* lse,
-                  int64_t vocabulary) {
+    offramp_stats(const T* logits, const __grid_constant__ Banned banned, float* entropy, int64_t* token, float* log_p,
+                  float* top, float* lse, int64_t vocabulary) {
     constexpr int SIZE = Vector16<T>::SIZE;
     const T* row = logits + blockIdx.x * vocabulary;
     int v = static_cast<int>(vocabulary), i = threadIdx.x;

@@ -21,7 +21,8 @@
 #include "device.h"
 
 // Every loop over streams and over the numbers of a group is unrolled, or its arrays would lie in memory.
-constexpr int MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / 32, MOST_TERMS = 16, MOST_PAIRS = 3;
+// Three streams want more than the 64 registers that 1,024 threads leave each on sm_80.
+constexpr int MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / 32, MOST_TERMS = 16, MOST_PAIRS = 3;
 
 // Factors that the host knows. By value, so that no copy to the device comes before the launch.
 struct Factors {
@@ -328,7 +329,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
     if (i % 32 == 0) warps[i / 32] = sum;
     __syncthreads();
     if (i >= 32) return;
-    sum = warp_sum(warps[i]);
+    sum = warp_sum(i < MOST_WARPS ? warps[i] : 0);
     if (i == 0) sums[j] = sum;
 }
 

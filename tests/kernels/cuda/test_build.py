@@ -18,7 +18,7 @@ REGISTERS = {  # most that any instance may use: what its blocks on a multiproce
     "exit_copy_rows": 40,
     "move_rows": 40,
     "offramp_stats": 40,
-    "vocab_loss_rows": 64,  # two blocks of 512
+    "vocab_loss_rows": 80,  # two blocks of 384; on sm_90a it is 64, two of 512
     "vocab_loss_sums": 40,
     "vocab_loss_total": 40,
 }
@@ -26,7 +26,8 @@ REGISTERS = {  # most that any instance may use: what its blocks on a multiproce
 
 def test_no_spills_and_registers_within_the_budget():
     device_library_path()
-    usage = build_module().usage()
+    # Those of attention depend on the width of a head: test_attention_build.py.
+    usage = [use for use in build_module().usage() if not use.kernel.startswith("attention_")]
     assert {use.kernel for use in usage} == REGISTERS.keys()
     for kernel, most in REGISTERS.items():
         instances = [use for use in usage if use.kernel == kernel]
