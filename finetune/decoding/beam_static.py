@@ -17,7 +17,7 @@ from finetune.decoding.beam import Ended, first_open
 from finetune.decoding.common import Generated, check_length
 from finetune.decoding.graphs import Graphed, PaddedSources, Shapes
 from finetune.decoding.left_to_right import ArDecoding, score_dtype
-from pretrain.models import EncoderDecoder, SourceRows
+from pretrain.models import EncoderDecoder, SourceRows, static
 from pretrain.models.encoder_decoder import writing
 from pretrain.models.incremental import StreamName
 from pretrain.models.patterns import ArLayout
@@ -37,7 +37,7 @@ class StaticBeamSearch:
     def __init__(self, model: EncoderDecoder, layout: ArLayout, stream: StreamName, options: ArDecoding) -> None:
         check_length(model, options.max_length)
         self.model, self.options = model, options
-        self.searches = Shapes(partial(_Search, model, layout, stream, options))
+        self.searches = Shapes(partial(_Search, model, layout, stream, options), self._size)
 
     def __call__(self, source: SourceRows) -> Generated:
         """As `beam_search`."""
@@ -47,6 +47,10 @@ class StaticBeamSearch:
             search = self.searches(*PaddedSources.shape(source))
             search.sources.fill(source)
             return search.write(source.n_samples)
+
+    def _size(self, sources: int, width: int) -> int:
+        past = static.keys_values_bytes(self.model, sources * self.options.beam * self.options.max_length)
+        return PaddedSources.size(self.model, sources, width) + past
 
 
 class _Search:

@@ -9,8 +9,9 @@ Sources are padded to a few widths and numbers, `bucket`, so that few graphs ser
 Shapes: B sources, S tokens of the longest.
 """
 
+import gc
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from pretrain.models.incremental import KeysValues
 
 ShapeT = TypeVar("ShapeT")
 KEPT = 16  # shapes; each holds buffers, and on a GPU its graphs
+MOST_BYTES = 4 << 30  # of all buffers of shapes of one kind
 FEWEST_TOKENS = 16  # of a padded text; all widths are multiples of 8, as fused attention wants its masks
 
 
@@ -37,20 +39,39 @@ def bucket(count: int, fewest: int = 1) -> int:
     return size
 
 
+def nothing(*shape: int) -> int:
+    """Bytes of what is too small to count."""
+    return 0
+
+
 class Shapes(Generic[ShapeT]):
-    """What was made for the shapes used last."""
+    """What was made for the shapes used last: at most `KEPT`, of at most `MOST_BYTES` unless there is only one.
 
-    def __init__(self, make: Callable[..., ShapeT], kept: int = KEPT) -> None:
-        self.make, self.kept = make, kept
-        self.made: OrderedDict[Hashable, ShapeT] = OrderedDict()
+    Args:
+        make: makes it for a shape.
+        size: how many bytes that takes.
+    """
 
-    def __call__(self, *shape: Any) -> ShapeT:
+    def __init__(self, make: Callable[..., ShapeT], size: Callable[..., int] = nothing) -> None:
+        self.make, self.size = make, size
+        self.made: OrderedDict[tuple[int, ...], ShapeT] = OrderedDict()
+
+    def __call__(self, *shape: int) -> ShapeT:
         if shape not in self.made:
-            if len(self.made) == self.kept:
-                self.made.popitem(last=False)  # first, so that its memory is free
+            self._make_room(self.size(*shape))
             self.made[shape] = self.make(*shape)
         self.made.move_to_end(shape)
         return self.made[shape]
+
+    def _make_room(self, needed: int) -> None:
+        before = len(self.made)
+        while self.made and (len(self.made) == KEPT or self._taken() + needed > MOST_BYTES):
+            self.made.popitem(last=False)
+        if len(self.made) < before:
+            gc.collect()  # a graph and what it belongs to hold each other
+
+    def _taken(self) -> int:
+        return sum(self.size(*shape) for shape in self.made)
 
 
 class Graphed:
@@ -105,6 +126,11 @@ class PaddedSources:
         """(B, S) that hold these sources."""
         longest = max(source.memory_range(index)[1] for index in range(source.n_samples))
         return bucket(source.n_samples), bucket(longest, FEWEST_TOKENS)
+
+    @staticmethod
+    def size(model: EncoderDecoder, sources: int, width: int) -> int:
+        """Bytes of the buffers for these."""
+        return static.keys_values_bytes(model, sources * width)
 
     def fill(self, source: SourceRows) -> None:
         """Takes in packed sources; outside of any graph."""

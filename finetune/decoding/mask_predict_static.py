@@ -28,7 +28,7 @@ class StaticMaskPredict:
     def __init__(self, model: EncoderDecoder, options: MaskPredictOptions) -> None:
         check_length(model, options.max_length)
         self.model, self.options = model, options
-        self.reading = Shapes(partial(_Reading, model, options))
+        self.reading = Shapes(partial(_Reading, model, options), partial(PaddedSources.size, model))
         self.longest = min(options.max_length, model.config.length_classes - 1)
 
     def __call__(self, source: SourceRows) -> Generated:

@@ -22,7 +22,7 @@ from pretrain.models.soft_exit import likeliest
 
 
 class StaticSoftExit:
-    """`soft_exit` of one model with these options; keeps a graph of each shape it meets."""
+    """`soft_exit` of one model, with its weights as they are now; keeps a graph of each shape it meets."""
 
     def __init__(self, model: EncoderDecoder, first_row: FirstRow, options: SoftExitDecoding) -> None:
         longest = options.max_length or USUAL_LENGTH
@@ -30,7 +30,8 @@ class StaticSoftExit:
         self.model, self.rows = model, longest - 1
         with torch.no_grad():
             fed_VD = F.linear(model.shared.weight * model.scale, model.feedback.weight[:, model.config.d_model :])
-        self.shapes = Shapes(partial(_Pass, model, mask_rows(self.rows, model.ids, first_row).tolist(), fed_VD))
+        made = partial(_Pass, model, mask_rows(self.rows, model.ids, first_row).tolist(), fed_VD)
+        self.shapes = Shapes(made, partial(PaddedSources.size, model))
 
     def __call__(self, source: SourceRows) -> Generated:
         """As `soft_exit`."""

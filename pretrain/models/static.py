@@ -69,6 +69,11 @@ def keys_values_buffers(model: EncoderDecoder, *shape: int) -> list[KeysValues]:
     return [(like.new_zeros(whole), like.new_zeros(whole)) for _ in model.decoder.layers]
 
 
+def keys_values_bytes(model: EncoderDecoder, rows: int) -> int:
+    """What so many rows of `keys_values_buffers` take."""
+    return 2 * len(model.decoder.layers) * rows * model.config.d_model * model.shared.weight.itemsize
+
+
 def decode(
     model: EncoderDecoder,
     tokens_CT: Tensor,

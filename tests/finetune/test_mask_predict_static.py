@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.decoding import MaskPredictOptions, mask_predict, mask_predict_static
+from finetune.decoding import MaskPredictOptions, graphs, mask_predict, mask_predict_static
 from finetune.decoding.graphs import PaddedSources, Shapes, bucket
 from finetune.decoding.mask_predict_static import StaticMaskPredict
 from pretrain.errors import ConfigError
@@ -99,12 +99,20 @@ def test_buckets() -> None:
     assert PaddedSources.shape(pack(some_sources((3, 15, 4, 4, 4)))) == (6, 24)
 
 
-def test_only_the_shapes_used_last_are_kept() -> None:
-    made: list[tuple[int, int]] = []
-    shapes = Shapes(lambda *shape: made.append(shape), kept=2)
+def test_only_the_shapes_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+    shapes = Shapes(lambda *shape: made.append(shape), lambda one, other: one * other)
+    monkeypatch.setattr(graphs, "KEPT", 2)
     for shape in ((1, 1), (2, 2), (1, 1), (3, 3), (1, 1), (2, 2)):
         shapes(*shape)
     assert made == [(1, 1), (2, 2), (3, 3), (2, 2)]
+    monkeypatch.setattr(graphs, "MOST_BYTES", 4)
+    shapes(1, 3)
+    assert list(shapes.made) == [(1, 3)]
+    shapes(1, 1)
+    assert list(shapes.made) == [(1, 3), (1, 1)]
+    shapes(9, 9)
+    assert list(shapes.made) == [(9, 9)]
 
 
 @pytest.mark.parametrize(
