@@ -84,6 +84,7 @@ def _generate(commands: Commands) -> None:
     parser.add_argument("--scores", action="store_true", help="lines of source number, score and text, tabs between")
     parser.add_argument("--restart", action="store_true", help="throw away what an earlier call left, begin anew")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--eager", action="store_true", help="on a GPU, do without CUDA graphs")
     left_to_right = parser.add_argument_group("with --mode ar")
     left_to_right.add_argument("--beam", type=int, metavar="B", help="hypotheses; 1 is greedy")
     left_to_right.add_argument("--length-penalty", type=float, metavar="P", help="score = log-probability / length**P")
@@ -136,7 +137,7 @@ def _run_generate(given: argparse.Namespace) -> None:
     if given.batch_tokens < 1:
         raise UsageError(f"`--batch-tokens` must be at least 1, got {given.batch_tokens}")
     files = given.input, given.output
-    rest = given.batch_tokens, given.dedup, given.device, given.scores, given.restart
+    rest = given.batch_tokens, given.dedup, given.device, given.scores, given.restart, given.eager
     generate(given.bundle, given.mode, *files, options, *rest)
 
 

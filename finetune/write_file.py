@@ -20,6 +20,7 @@ from finetune.generate import Written
 from finetune.partial import BUNDLE, INPUT, Partial
 from finetune.progress import LineProgress
 from finetune.runners import Runner
+from finetune.runners.by_graphs import MOST_ROWS, NO_GRAPHS, ByGraphs
 from finetune.tasks.pairs import UNREADABLE, unreadable
 from finetune.writer import BATCH_TOKENS, Writer
 from pretrain.bundles.bundle import check_outside, content_sha256
@@ -42,6 +43,7 @@ def generate(
     device: str = "auto",
     scores: bool = False,
     restart: bool = False,
+    eager: bool = False,
 ) -> Written:
     """Writes `n_best` lines for each line read, and prints passes and speed on stderr. `-` is stdin or stdout.
 
@@ -51,6 +53,7 @@ def generate(
         options: of the mode's decoder.
         scores: each line is the number of its source from 1, the score and the text, with tabs between.
         restart: begin anew where a part has been written.
+        eager: do without CUDA graphs on a GPU.
 
     Returns:
         What this call's part of the lines took, without the texts.
@@ -64,15 +67,21 @@ def generate(
         raise UsageError(f"`--output` must be another file than `--input`, both are `{target_file}`")
     if target_file != STANDARD:
         check_outside(Path(target_file), "--output")
-    writer = Writer(bundle, device)
+    writer = Writer(bundle, device, eager)
     nothing = Written([], Counter(), 0.0, writer.description.longest_source)
-    windows = _Windows(writer, writer.runner(mode, options), batch_tokens, dedup, scores, nothing)
+    runner = writer.runner(mode, options)
+    if writer.graphs:
+        told = f"in batches of up to {MOST_ROWS:,} padded tokens; `--eager` writes without"
+        told = f"by CUDA graphs {told}" if isinstance(runner, ByGraphs) else f"eagerly: {NO_GRAPHS}"
+        print(f"{mode}: {told}", file=sys.stderr, flush=True)
+    windows = _Windows(writer, runner, batch_tokens, dedup, scores, nothing)
     if target_file == STANDARD:
         windows.to_stdout(source_file)
     else:
         of_decoder = runners.decoding(mode, options)
         rest = {"mode": mode, "batch_tokens": batch_tokens, "dedup": dedup, "scores": scores}
-        identity = {BUNDLE: content_sha256(bundle), "device": writer.device.type, **of_decoder, **rest}
+        where = f"{writer.device.type}, eager" if eager and writer.device.type == "cuda" else writer.device.type
+        identity = {BUNDLE: content_sha256(bundle), "device": where, **of_decoder, **rest}
         windows.to_file(source_file, Path(target_file), identity, restart)
     told = windows.written.report() if windows.written.sentences else "every line was there, nothing was left to write"
     told += f", {windows.empty} sources empty" if windows.empty else ""

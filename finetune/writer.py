@@ -7,6 +7,7 @@ from typing import Any
 from finetune import runners
 from finetune.generate import NEEDS, Written, check_mode, device_named, write_texts
 from finetune.runners import Runner
+from finetune.runners.by_graphs import by_graphs
 from pretrain.bundles.bundle import load_bundle
 from pretrain.errors import UsageError
 
@@ -21,18 +22,26 @@ class Writer:
 
     Args:
         device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+        eager: do without CUDA graphs on a GPU.
 
     Raises:
         CheckpointError: no bundle, or one that is not as it was written.
         UsageError: there is no such device.
     """
 
-    def __init__(self, bundle: str | Path, device: str = "auto") -> None:
+    def __init__(self, bundle: str | Path, device: str = "auto", eager: bool = False) -> None:
         read = load_bundle(bundle)
         self.path, self.device = str(bundle), device_named(device)
         self.description, self.tokenizer, self.provenance = read.description, read.tokenizer, read.provenance
         self.model = read.model.to(self.device)
+        self.eager = eager
+        self._last: tuple[Any, Runner] | None = None  # what writes by graphs, for they are dear
         self.modes = tuple(mode for mode in NEEDS if self._can(mode, {}) or self._can(mode, {"rows": "predicted"}))
+
+    @property
+    def graphs(self) -> bool:
+        """Whether it writes by CUDA graphs where a mode has a form for them."""
+        return self.device.type == "cuda" and not self.eager
 
     def generate(
         self,
@@ -83,7 +92,12 @@ class Writer:
         if mode not in NEEDS:
             raise UsageError(f"`mode` must be one of {', '.join(self.modes)} with `{self.path}`, got {mode!r}")
         check_mode(self.description, self.path, mode, options)
-        return runners.way(mode, options, self.description)
+        if not self.graphs:
+            return runners.way(mode, options, self.description)
+        key = mode, dict(options)
+        if self._last is None or self._last[0] != key:
+            self._last = key, by_graphs(runners.way(mode, options, self.description), self.model)
+        return self._last[1]
 
     def _can(self, mode: str, options: Mapping[str, Any]) -> bool:
         try:

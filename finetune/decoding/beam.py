@@ -44,7 +44,7 @@ def beam_search(
         device = model.shared.weight.device
         for token in forced:
             state.step(torch.full((source.n_samples,), token, device=device))
-        ended = _Ended.none(source.n_samples, options, device)
+        ended = Ended.none(source.n_samples, options, device)
         alive_S = torch.arange(source.n_samples, device=device)
         history_SKT = torch.full((source.n_samples, 1, 1), first, device=device)
         score_SK = torch.zeros(source.n_samples, 1, device=device, dtype=score_dtype(model))
@@ -56,7 +56,7 @@ def beam_search(
             )
             ends_SC = token_SC == model.ids.eos
             ended.add(alive_S, score_SC, parent_SC, ends_SC, history_SKT, options)
-            kept_SK = _first_open(ends_SC, options.beam)
+            kept_SK = first_open(ends_SC, options.beam)
             score_SK = score_SC.masked_fill(ends_SC, -torch.inf).gather(1, kept_SK)
             open_S = (ended.count_B[alive_S] < options.beam) & (score_SK > -torch.inf).any(dim=1)
             if not bool(open_S.any()):
@@ -73,7 +73,7 @@ def beam_search(
 
 
 @dataclass
-class _Ended:
+class Ended:
     """The best ended hypotheses of each source so far, and how many have ended."""
 
     score_BR: Tensor
@@ -82,11 +82,12 @@ class _Ended:
     count_B: Tensor
 
     @classmethod
-    def none(cls, sources: int, options: ArDecoding, device: torch.device) -> "_Ended":
+    def none(cls, sources: int, options: ArDecoding, device: torch.device, slots: int | None = None) -> "Ended":
+        """slots: tokens that a text has room for; default `max_length`."""
         shape = sources, options.n_best
         worst_BR = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
         length_BR = torch.zeros(shape, dtype=torch.int64, device=device)
-        tokens_BRT = torch.zeros(*shape, options.max_length, dtype=torch.int64, device=device)
+        tokens_BRT = torch.zeros(*shape, slots or options.max_length, dtype=torch.int64, device=device)
         return cls(worst_BR, tokens_BRT, length_BR, length_BR.new_zeros(sources))
 
     def add(
@@ -104,18 +105,31 @@ class _Ended:
         normal_SC = (score_SC[:, leading].double() / time**options.length_penalty).masked_fill(~ends_SC, -torch.inf)
         text_SCT = history_SKT.gather(1, parent_SC[:, leading, None].expand(-1, -1, time))
         old_SRT = self.tokens_BRT[alive_S]
-        pool_SPT = torch.cat([old_SRT, nn.functional.pad(text_SCT, (0, old_SRT.shape[2] - time))], dim=1)
-        score_SP = torch.cat([self.score_BR[alive_S], normal_SC], dim=1)
-        length_SP = torch.cat([self.length_BR[alive_S], torch.where(ends_SC, time, 0)], dim=1)
-        best_SR = score_SP.argsort(dim=1, descending=True, stable=True)[:, : options.n_best]
-        self.tokens_BRT[alive_S] = pool_SPT.gather(1, best_SR[:, :, None].expand(-1, -1, pool_SPT.shape[2]))
-        self.score_BR[alive_S], self.length_BR[alive_S] = score_SP.gather(1, best_SR), length_SP.gather(1, best_SR)
+        text_SCT = nn.functional.pad(text_SCT, (0, old_SRT.shape[2] - time))
+        old = self.score_BR[alive_S], old_SRT, self.length_BR[alive_S]
+        made = _best(old, (normal_SC, text_SCT, torch.where(ends_SC, time, 0)))
+        self.score_BR[alive_S], self.tokens_BRT[alive_S], self.length_BR[alive_S] = made
         self.count_B[alive_S] += ends_SC.sum(dim=1)
 
-    def generated(self, passes: int) -> Generated:
-        tokens_BRT, lengths = self.tokens_BRT.flatten(0, 1).cpu().numpy(), self.length_BR.flatten().tolist()
+    def merge(self, score_BC: Tensor, text_BCT: Tensor, length_BC: Tensor, ends_BC: Tensor) -> None:
+        """As `add` for all sources and in place; what did not end has the score -inf."""
+        old = self.score_BR, self.tokens_BRT, self.length_BR
+        for buffer, best in zip(old, _best(old, (score_BC, text_BCT, length_BC)), strict=True):
+            buffer.copy_(best)
+        self.count_B += ends_BC.sum(dim=1)
+
+    def clear(self) -> None:
+        """As after `none`, in place."""
+        self.score_BR.fill_(-torch.inf)
+        self.length_BR.zero_()
+        self.count_B.zero_()
+
+    def generated(self, passes: int, sources: int | None = None) -> Generated:
+        """The texts of the first `sources`; of all by default."""
+        tokens_BRT = self.tokens_BRT[:sources].flatten(0, 1).cpu().numpy()
+        lengths, scores = self.length_BR[:sources].flatten().tolist(), self.score_BR[:sources].flatten().tolist()
         tokens = [line[1:length].copy() for line, length in zip(tokens_BRT, lengths, strict=True)]
-        return Generated(tokens, self.score_BR.flatten().tolist(), passes, n_best=self.score_BR.shape[1])
+        return Generated(tokens, scores, passes, n_best=self.score_BR.shape[1])
 
 
 def _continuations(
@@ -139,6 +153,14 @@ def _continuations(
     return score_SC, at_SC // token_NC.shape[1], token_NC.view(sources, -1).gather(1, at_SC)
 
 
-def _first_open(ends_SC: Tensor, beam: int) -> Tensor:
+def _best(old: tuple[Tensor, Tensor, Tensor], new: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """As many as there were of (scores, texts, lengths), best first; of equals the older."""
+    score_SP, text_SPT, length_SP = (torch.cat(both, dim=1) for both in zip(old, new, strict=True))
+    best_SR = score_SP.argsort(dim=1, descending=True, stable=True)[:, : old[0].shape[1]]
+    text_SRT = text_SPT.gather(1, best_SR[:, :, None].expand(-1, -1, text_SPT.shape[2]))
+    return score_SP.gather(1, best_SR), text_SRT, length_SP.gather(1, best_SR)
+
+
+def first_open(ends_SC: Tensor, beam: int) -> Tensor:
     """Columns of the `beam` best continuations that do not end; ended ones fill up where there are too few."""
     return ends_SC.to(torch.uint8).argsort(dim=1, stable=True)[:, :beam]

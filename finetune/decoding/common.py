@@ -1,6 +1,6 @@
 """What every decoder returns, and the pieces they share.
 
-Shapes: L rows, D width, V vocabulary.
+Shapes: L rows, D width, V vocabulary, X tokens that are never written.
 """
 
 from collections.abc import Sequence
@@ -138,17 +138,21 @@ def until_eos(tokens: Sequence[Tensor], scores: Sequence[Tensor], eos: int, pass
     return Generated(texts, means, passes)
 
 
-def most_likely(model: EncoderDecoder, h_LD: Tensor, banned: list[int]) -> tuple[Tensor, Tensor]:
+def most_likely(model: EncoderDecoder, h_LD: Tensor, banned: list[int] | Tensor) -> tuple[Tensor, Tensor]:
     """(token_L int64, log-probability_L float32 or wider) of the best token that is not banned.
 
     Probabilities are over the whole vocabulary, so banning changes the choice and no number. Only two values a row
     outlive the logits, which exist in blocks alone.
+
+    Args:
+        banned: ids; int64 as a tensor, which a CUDA graph needs on the device.
     """
+    banned_X = torch.as_tensor(banned, device=h_LD.device)
 
     def best(logits_LV: Tensor) -> tuple[Tensor, Tensor]:
         logits_LV = logits_LV.float() if logits_LV.dtype.itemsize < 4 else logits_LV
         total_L = logits_LV.logsumexp(dim=1)
-        logits_LV[:, banned] = -torch.inf
+        logits_LV.index_fill_(1, banned_X, -torch.inf)
         found = logits_LV.max(dim=1)
         return found.indices, found.values - total_L
 

@@ -19,6 +19,8 @@ from harness import require
 from torch import Tensor
 
 from finetune.decoding import ArDecoding, Generated, MaskPredictOptions, beam_search, mask_predict
+from finetune.decoding.beam_static import StaticBeamSearch
+from finetune.decoding.mask_predict_static import StaticMaskPredict
 from pretrain.bundles.description import BART_NAMES
 from pretrain.config import ModelConfig
 from pretrain.models import EncoderDecoder, SourceRows, SpecialIds
@@ -124,13 +126,25 @@ class Twins:
 
     def our_beam(self, source: SourceRows, beam: int, stream: StreamName = "content") -> Generated:
         """Left to right as BART writes (`content`) or as JANUS does (`query`)."""
-        options = ArDecoding(beam=beam, max_length=self.tokens)
-        return beam_search(self.ours, source, self.layout, stream, options)
+        return beam_search(self.ours, source, self.layout, stream, self._beam(beam))
+
+    def graphed_beam(self, beam: int, stream: StreamName = "content") -> StaticBeamSearch:
+        """Writes as `our_beam`, by CUDA graphs of the model as it is now."""
+        return StaticBeamSearch(self.ours, self.layout, stream, self._beam(beam))
 
     def our_pass(self, source: SourceRows, iterations: int = 0) -> Generated:
         """All at once, in 1 + `iterations` decoder passes."""
-        options = MaskPredictOptions(iterations=iterations, length_beam=1, max_length=self.tokens + 2)
-        return mask_predict(self.ours, source, options)
+        return mask_predict(self.ours, source, self._pass(iterations))
+
+    def graphed_pass(self, iterations: int = 0) -> StaticMaskPredict:
+        """Writes as `our_pass`, by CUDA graphs of the model as it is now."""
+        return StaticMaskPredict(self.ours, self._pass(iterations))
+
+    def _beam(self, beam: int) -> ArDecoding:
+        return ArDecoding(beam=beam, max_length=self.tokens)
+
+    def _pass(self, iterations: int) -> MaskPredictOptions:
+        return MaskPredictOptions(iterations=iterations, length_beam=1, max_length=self.tokens + 2)
 
     def their_beam(
         self, source: SourceRows, beam: int, attention: str = "sdpa", free_end: bool = False, **more: Any

@@ -1,6 +1,9 @@
 """Transformer layers over packed rows. Names follow BART, so that its weights map one to one.
 
-Shapes: R rows, K keys, M memory rows, D width, H heads, E head width, F feed-forward width.
+Where the mask is a tensor, rows are padded instead, with the batch in front: [B, T, D] in place of [R, D] everywhere.
+
+Shapes: R rows, K keys, M memory rows, D width, H heads, E head width, F feed-forward width; padded: B batch, C texts,
+T rows of each, S keys.
 """
 
 import math
@@ -13,6 +16,7 @@ from parlance_kernels import SampleMask, sample_attention
 from pretrain.config import ModelConfig
 from pretrain.models.linear import Linear
 
+Mask = SampleMask | Tensor  # of packed rows, or of padded ones as `padded_attention` takes it
 POSITION_OFFSET = 2  # BART's and fairseq's learned tables keep their first two rows unused.
 
 
@@ -30,15 +34,32 @@ class Attention(nn.Module):
         """k_KHE and v_KHE of the rows that are read."""
         return self._heads(self.k_proj(x_KD)), self._heads(self.v_proj(x_KD))
 
-    def forward(self, x_RD: Tensor, k_KHE: Tensor, v_KHE: Tensor, mask: SampleMask) -> Tensor:
+    def forward(self, x_RD: Tensor, k_KHE: Tensor, v_KHE: Tensor, mask: Mask) -> Tensor:
         """[R, D]: each row of x reads the keys that `mask` grants it."""
         q_RHE = self._heads(self.q_proj(x_RD))
         p = self.dropout if self.training else 0.0
-        o_RHE = sample_attention(q_RHE, k_KHE, v_KHE, mask, dropout_p=p, backend=self.backend)
-        return self.out_proj(o_RHE.flatten(1))
+        if isinstance(mask, Tensor):
+            o_RHE = padded_attention(q_RHE, k_KHE, v_KHE, mask, p)
+        else:
+            o_RHE = sample_attention(q_RHE, k_KHE, v_KHE, mask, dropout_p=p, backend=self.backend)
+        return self.out_proj(o_RHE.flatten(-2))
 
     def _heads(self, x_RD: Tensor) -> Tensor:
-        return x_RD.unflatten(1, (self.heads, -1))
+        return x_RD.unflatten(-1, (self.heads, -1))
+
+
+def padded_attention(
+    q_CTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, bias_B1TS: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """o_CTHE. C = B * n: where n texts read one source, its keys are not repeated.
+
+    bias_B1TS: added to the scores, -inf where a row does not read a key; 1 in place of T where all rows read the same
+    keys. A row must read at least one, and keys that nobody reads must be finite.
+    """
+    q_BHTE = q_CTHE.reshape(len(k_BSHE), -1, *q_CTHE.shape[2:]).transpose(1, 2)
+    k_BHSE, v_BHSE = k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2)
+    o_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, attn_mask=bias_B1TS, dropout_p=dropout_p)
+    return o_BHTE.transpose(1, 2).reshape(q_CTHE.shape)
 
 
 class FeedForward(nn.Module):
@@ -66,7 +87,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_RD: Tensor, mask: SampleMask) -> Tensor:
+    def forward(self, x_RD: Tensor, mask: Mask) -> Tensor:
         y_RD = self.self_attn_layer_norm(x_RD) if self.pre_norm else x_RD
         y_RD = self.self_attn(y_RD, *self.self_attn.keys_values(y_RD), mask)
         x_RD = x_RD + self.dropout(y_RD)
@@ -122,8 +143,8 @@ class DecoderLayer(nn.Module):
         y_RD: Tensor,
         keys: tuple[Tensor, Tensor],
         memory: tuple[Tensor, Tensor],
-        self_mask: SampleMask,
-        cross_mask: SampleMask,
+        self_mask: Mask,
+        cross_mask: Mask,
     ) -> Tensor:
         """The layer for rows x (y: the same, normalised in pre-norm) over keys that are projected already."""
         x_RD = x_RD + self.dropout(self.self_attn(y_RD, *keys, self_mask))

@@ -19,7 +19,7 @@ LAYOUTS: list[tuple[Layout, StreamName]] = [("bos_first", "query"), ("eos_first"
 
 def favour_eos(model: EncoderDecoder) -> None:
     """Random models rarely end; these do, after different numbers of tokens."""
-    model.head.bias_V = torch.zeros(40, dtype=torch.float64)
+    model.head.bias_V = torch.zeros(len(model.shared.weight), dtype=torch.float64)
     model.head.bias_V[IDS.eos] = 4.0
 
 

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune import load
 from finetune.__main__ import main
+from finetune.runners import by_graphs
 from finetune.writer import Writer
 from pretrain.errors import CheckpointError, ConfigError, UsageError
 from tests.finetune.test_end_to_end import PAIRS, bundle_at
@@ -140,3 +142,40 @@ def test_refusals_of_the_command_line_are_one_line(
 def test_importing_it_brings_no_torch() -> None:
     code = "import finetune, sys; assert callable(finetune.load) and not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
+
+
+@pytest.mark.parametrize(("mode", "options"), [("ar", {"beam": 3, "n_best": 2}), ("nar", {"iterations": 2})])
+def test_what_writes_by_graphs_writes_the_same(
+    place: Path,
+    janus: Writer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mode: str,
+    options: dict,
+) -> None:
+    """On a CPU, where a graph is the function that it would be of."""
+    expected = janus.generate(SOURCES, mode, max_length=9, **options)
+    monkeypatch.setattr(Writer, "graphs", True)
+    runner = janus.runner(mode, {"max_length": 9, **options})
+    assert isinstance(runner, by_graphs.ByGraphs)
+    assert janus.runner(mode, {"max_length": 9, **options}) is runner is not janus.runner(mode, options)
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert janus.generate(SOURCES, mode, max_length=9, **options) == expected == lines(place, mode, words)
+    assert capsys.readouterr().err.count("by CUDA graphs in batches of up to 8,192 padded tokens") == 1
+    monkeypatch.setattr(by_graphs, "MOST_ROWS", 0)
+    monkeypatch.setattr(runner, "write", None)
+    assert janus.write(SOURCES, runner).texts == expected
+
+
+def test_what_has_no_graphs_is_told(
+    place: Path, janus: Writer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not janus.graphs
+    with monkeypatch.context() as patch:
+        patch.setattr(janus, "device", torch.device("cuda"))
+        assert janus.graphs
+        patch.setattr(janus, "eager", True)
+        assert not janus.graphs
+    monkeypatch.setattr(Writer, "graphs", True)
+    assert lines(place, "ar", ["--sample"]) == janus.generate(SOURCES, "ar", max_length=9, sample=True)
+    assert "ar: eagerly: there is no form" in capsys.readouterr().err
