@@ -83,7 +83,11 @@ def test_refusals(
         ("folder", "", "/folder` must be a UTF-8 text file: Is a directory\n"),
         ("latin", b"caf\xe9\n", "/latin` must be a UTF-8 text file: 'utf-8' codec can't decode"),
         ("bad.gz", b"plain", "/bad.gz` must be a UTF-8 text file: Not a gzipped file"),
-        ("broken.gz", gzip.compress(b"one two")[:10] + b"\xff" * 20, "/broken.gz` must be a UTF-8 text file: Error -3"),
+        (
+            "broken.gz",
+            gzip.compress(b"one two", mtime=0)[:10] + b"\xff" * 20,
+            "/broken.gz` must be a UTF-8 text file: Error -3",
+        ),
         ("short", b"a\n", "/short` must have as many lines as `"),
     ],
 )

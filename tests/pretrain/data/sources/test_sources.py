@@ -81,7 +81,7 @@ def test_missing_files_and_doubled_names(tmp_path: Path) -> None:
         parse_sources([])
 
 
-@pytest.mark.parametrize("content", [b"not gzip at all", gzip.compress(b"words " * 5000)[:-30]])
+@pytest.mark.parametrize("content", [b"not gzip at all", gzip.compress(b"words " * 5000)[:-30]], ids=["no gzip", "cut"])
 def test_damaged_gz_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"bad\.gz"):
