@@ -56,6 +56,6 @@ def test_base_configs_have_the_papers_setting_and_differ_in_their_objective_alon
 
 
 def test_every_yaml_is_read_by_a_test():
-    known = {"pretrain", "model", "finetune", "cluster", "data"}
+    known = {"pretrain", "model", "finetune", "cluster", "data", "reproduce"}
     for path in CONFIGS.rglob("*.y*ml"):
         assert path.relative_to(CONFIGS).parts[0] in known, f"{path} is in a folder that no test reads"
