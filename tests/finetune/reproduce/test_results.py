@@ -103,7 +103,8 @@ def command(folder: Path, *rest: str) -> "subprocess.CompletedProcess[str]":
     for name in ("configs", "pretrain", "finetune", "kernels"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
-    small = ["rounds=[{translation: 2, pretraining: 2, continued: 2, tuning: 2}]", "translation.vocabulary=300", "data=data"]
+    small = ["rounds=[{translation: 2, pretraining: 2, continued: 2, tuning: 2}]"]
+    small += ["translation.vocabulary=300", "data=data"]
     words = [sys.executable, "-m", "finetune", "reproduce", "configs/reproduce/cpu.yaml", *small, *rest]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
