@@ -109,3 +109,15 @@ def test_claims_are_those_of_the_results() -> None:
     assert len(rows) > 3
     for row in rows:
         assert row in results, f"README says {row}, RESULTS.md does not"
+
+
+def test_times_are_those_of_the_writing_benchmark() -> None:
+    rows = json.loads((ROOT / "kernels/bench/results/writing_cpu.json").read_text(encoding="utf-8"))["rows"]
+    measured = {(row["model"], row["by"], row["way"], row["batch"]): row for row in rows}
+    table = README.split("<!-- writing -->")[1].split("<!-- /writing -->")[0].strip().splitlines()[2:]
+    assert len(table) > 10
+    for line in table:
+        model, by, way, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
+        one, eight = (measured[model, by, way, batch] for batch in (1, 8))
+        told = [f"{one['ms_a_sentence']:.1f}", f"{one['speedup']:.2f}", f"{100 * one['encoder_share']:.0f} %"]
+        assert numbers == [*told, f"{eight['ms_a_sentence']:.1f}", f"{eight['speedup']:.2f}"], line
