@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cksum setup.py pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: install quickstart test check bench bench-writing bench-gpu reproduce reproduce-gpu test-slow test-gpu goldens clean
+.PHONY: install quickstart test check bench bench-writing bench-gpu kernels reproduce reproduce-gpu test-slow test-gpu goldens clean
 
 install: $(STAMP)
 $(STAMP): setup.py pyproject.toml
@@ -13,7 +13,6 @@ $(STAMP): setup.py pyproject.toml
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@rm -f $(VENV)/.installed-*; touch $@
 
-.PHONY: kernels
 kernels:                ## compiles the CUDA kernels; needs nvcc, and no GPU; PARLANCE_CUDA_ARCHS='80+PTX;90a'
 	$(PYTHON) kernels/csrc/build.py
 

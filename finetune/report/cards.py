@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from finetune.report.measured import Measured
-from finetune.report.page import cell, table
+from finetune.report.page import cell, signature_table, table
 from finetune.report.record import Record
 from pretrain.bundles.bundle import content_sha256
 from pretrain.bundles.card import CARD, END_TESTED, TESTED
@@ -108,13 +108,12 @@ def body(measured: Sequence[Measured], split: str) -> str:
     rows = [[one.way.name, *(f"{one.scores.values[name]:.2f}" for name in names)] for one in measured]
     cut = f"; {first.cut:,} of the sources were cut" if first.cut else ""
     commands = [one.way.command.replace(str(one.way.record.bundle), "BUNDLE", 1) for one in measured]
-    signatures = [[cell(name), f"`{said}`".replace("|", "\\|")] for name, said in first.scores.signatures.items()]
     return "\n\n".join(
         [
             f"The first {lines:,} {split} pairs of `{first.way.record.task}`, written one at a time on {device}{cut}:",
             table(["mode", *map(cell, names)], rows, 1),
             "\n".join(["```sh", *dict.fromkeys(commands), "```"]),
-            table(["metric", "signature"], signatures, 2) + "\n",
+            signature_table(first.scores.signatures) + "\n",
         ]
     )
 

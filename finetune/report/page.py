@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str
     """A Markdown table whose columns behind the first `words` are numbers."""
     rule = ["---"] * words + ["--:"] * (len(head) - words)
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
+
+
+def signature_table(signatures: Mapping[str, str]) -> str:
+    """How each metric was computed."""
+    rows = [[cell(name), f"`{said}`".replace("|", "\\|")] for name, said in signatures.items()]
+    return table(["metric", "signature"], rows, words=2)
 
 
 def cell(text: str) -> str:
@@ -213,11 +219,7 @@ def _repeat(found: Findings) -> list[str]:
         f"Written on {writer.device.type} ({cell(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} "
         f"thread(s)) with python {platform.python_version()}, {packages}.",
         "Scores:",
-        table(
-            ["metric", "signature"],
-            [[cell(name), f"`{said}`".replace("|", "\\|")] for name, said in signatures.items()],
-            words=2,
-        ),
+        signature_table(signatures),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.reproduce.step import Step
@@ -143,4 +142,4 @@ def with_needs(steps: Sequence[Step]) -> list[Step]:
 
 def _content(step: Step) -> dict[str, Any] | None:
     path = step.output
-    return read_json(Path(path)) if path is not None and path.exists() else None
+    return read_json(path) if path is not None and path.exists() else None

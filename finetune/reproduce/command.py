@@ -55,16 +55,12 @@ def reproduce(
     )
     command = " ".join(["python -m finetune reproduce", config, *overrides])
     page = Path(out)
-
-    def told() -> None:
-        before = page.read_text(encoding="utf-8") if page.exists() else ""
-        write_text(page, fill(before, results(claims, queue, command)))
-
     store = Store(queue.folder)
     store.lock()  # against a second `reproduce` in the same folder
     try:
         left = queue.run(steps)
-        told()
+        before = page.read_text(encoding="utf-8") if page.exists() else ""
+        write_text(page, fill(before, results(claims, queue, command)))
     finally:
         store.unlock()
     print(f"{page}: {len(steps) - len(left)} of {len(steps)} steps are done", file=sys.stderr, flush=True)

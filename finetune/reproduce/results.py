@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterator, Sequence
 
+from finetune.report.page import table
 from finetune.reproduce.claim import Claim, Comparison, Row
 from finetune.reproduce.step import Queue, Step
 
@@ -58,11 +59,11 @@ def _section(claims: Sequence[Claim]) -> Iterator[str]:
     if not rows:
         yield "Nothing is measured yet."
         return
-    yield from _table(first.columns, rows)
+    yield table(first.columns, rows, words=len(first.columns))
     verdicts = [cells for claim in claims for one in claim.comparisons if (cells := _verdict(one)) is not None]
     if verdicts:
         yield ""
-        yield from _table(["claim", "here", "paper", "verdict"], verdicts)
+        yield table(["claim", "here", "paper", "verdict"], verdicts, words=4)
 
 
 def _cells(row: Row) -> list[str] | None:
@@ -85,13 +86,6 @@ def _verdict(one: Comparison) -> list[str] | None:
         return None
     better, worse, p_value = found
     return [one.label, f"{better:.2f}, {worse:.2f}", one.paper, one.verdict(better, worse, p_value, one.smaller)]
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(columns)} |"
-    yield f"|{'---|' * len(columns)}"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 def _commands(steps: Sequence[Step], queue: Queue) -> Iterator[str]:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -77,7 +77,6 @@ class Queue:
     jobs: int
     threads: int
     deadline: float
-    environment: Mapping[str, str] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
     stopped: bool = False
 
@@ -135,7 +134,7 @@ class Queue:
         print(f"begin {step.name}\n  $ {step.line}", file=sys.stderr, flush=True)
         command = [sys.executable if word == PYTHON else word for word in step.command]
         threads = str(self.threads if step.alone else max(1, self.threads // self.jobs))
-        environment = {**os.environ, **self.environment, "OMP_NUM_THREADS": threads}
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
         with ExitStack() as stack:
             told = stack.enter_context(log.open("ab"))
             output = stack.enter_context(_half(step.output).open("wb")) if step.output else told

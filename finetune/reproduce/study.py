@@ -89,7 +89,7 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned bundle and what it has written. label: of its row. kept: the step that put its bundle by."""
+    """A tuned bundle. updates: that it has had. kept: the step that put it by."""
 
     name: str
     updates: int
