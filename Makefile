@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cksum setup.py pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: install quickstart test check bench bench-writing bench-gpu kernels reproduce reproduce-gpu test-slow test-gpu goldens clean
+.PHONY: install quickstart test check bench bench-writing bench-gpu kernels reproduce reproduce-gpu test-slow test-faults test-gpu goldens clean
 
 install: $(STAMP)
 $(STAMP): setup.py pyproject.toml
@@ -30,6 +30,9 @@ test: install           ## everything that fits a laptop
 
 test-slow: install      ## minutes long
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow
+
+test-faults: install    ## kills, signals, full disks, hostile files ... as often as tests/fault_table.py says, and their table
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest --fault-table
 
 test-gpu: install kernels ## every kernel on this machine's GPU, against float64 and under compute-sanitizer
 	$(PY) -m pytest -m gpu tests/gpu

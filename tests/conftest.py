@@ -7,6 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.fault_table import pytest_collection_modifyitems, pytest_sessionfinish, pytest_terminal_summary
+
+__all__ = ["pytest_collection_modifyitems", "pytest_sessionfinish", "pytest_terminal_summary"]
+
 # A busy machine is no failure.
 settings.register_profile("parlance", deadline=None)
 settings.load_profile("parlance")
@@ -40,4 +44,5 @@ def poisoned_memory():
 
 def pytest_addoption(parser):
     parser.addoption("--update-goldens", action="store_true", help="write tests/goldens/ anew")
+    parser.addoption("--fault-table", action="store_true", help="run tests of faults alone and print their table")
     parser.addoption("--gpu-tests-on-cpu", action="store_true", help="run tests/gpu with PyTorch's operators")
