@@ -133,6 +133,7 @@ class TrainConfig(Section):
     """Length of the run and the rhythm of everything periodic, in updates (0 = never).
 
     epochs: passes over the training data, in place of `steps`, which is 0 until the data tells how many those are.
+    async_save: write checkpoints while training goes on, from a copy in the memory of the host.
     """
 
     steps: int = Field(1000, ge=0)
@@ -144,6 +145,8 @@ class TrainConfig(Section):
     cosine_every: int = Field(0, ge=0, description="of the gradients of the AR and the NAR term, in TensorBoard")
     save_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1, description="committed checkpoints kept")
+    async_save: bool = True
+    disk_patience: float = Field(600, ge=0.0, description="seconds to wait, paused, for a full disk; 0: end at once")
     resume: Literal["auto", "never"] = "auto"
 
     @model_validator(mode="before")

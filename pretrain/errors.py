@@ -9,6 +9,8 @@ import errno
 
 # What makes a failed write the fault of the disk: full, over quota, read-only, beyond the size a file may have.
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+# Of these, what passes once somebody makes room.
+FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 # What taking a lock ends in on a file system that has none.
 NO_LOCK_ERRNOS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 
@@ -60,6 +62,10 @@ class DiskError(ParlanceError):
     """Writing failed because the disk is full, over quota or read-only."""
 
     exit_code = EXIT_DISK
+
+
+class DiskFullError(DiskError):
+    """The disk is full or over quota, which may pass: `train.disk_patience` waits for it."""
 
 
 class NonFiniteError(ParlanceError):

@@ -15,8 +15,20 @@ WORDS = 624  # of the Mersenne twister
 TORCH_BYTES = 5056  # of its state in torch
 
 
-def save(path: Path) -> None:
-    """Writes the state of every generator of this process as a safetensors file."""
+@dataclass(frozen=True)
+class Generators:
+    """The state of every generator of a process at one moment, as it is filed."""
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+    def write(self, path: Path) -> None:
+        """Writes a safetensors file that `restore` reads."""
+        save_file(self.tensors, path, metadata=self.metadata)
+
+
+def capture() -> Generators:
+    """The state of every generator of this process now."""
     _, keys, position, has_gauss, cached = np.random.get_state()
     version, words, gauss = random.getstate()
     tensors = {
@@ -27,11 +39,11 @@ def save(path: Path) -> None:
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     rest = {"numpy": [position, has_gauss, cached], "python": [version, gauss]}
-    save_file(tensors, path, metadata={"rest": json.dumps(rest)})
+    return Generators(tensors, {"rest": json.dumps(rest)})
 
 
 def restore(path: Path) -> None:
-    """Sets every generator to what `save` wrote; raises one of `engine.state.UNREADABLE` for anything else."""
+    """Sets every generator to what was captured and written; raises one of `engine.state.UNREADABLE` otherwise."""
     state = _read(path)
     torch.set_rng_state(state.cpu)
     if state.cuda is not None and torch.cuda.is_available():
@@ -56,7 +68,7 @@ class _State:
 
 
 def _read(path: Path) -> _State:
-    """What `save` wrote, tried on generators of its own first."""
+    """What `write` wrote, tried on generators of its own first."""
     with safe_open(path, framework="pt") as file:
         rest: dict[str, Any] = json.loads(file.metadata()["rest"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

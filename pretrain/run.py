@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
@@ -16,13 +15,15 @@ from pretrain import config, distributed, rng, runs
 from pretrain.checkpoints import checkpoint
 from pretrain.checkpoints.checkpoint import read_progress
 from pretrain.checkpoints.commit import Store, disk_errors
+from pretrain.checkpoints.patience import Patience
+from pretrain.checkpoints.saver import Saver, Spare
 from pretrain.config import EngineConfig, OptimConfig, TrainConfig
 from pretrain.cost import flops
 from pretrain.cost.peak import device_peak
 from pretrain.data.stream import SampleStream
 from pretrain.distributed import World, together
 from pretrain.engine import Engine
-from pretrain.errors import CheckpointError, ParlanceError, Requeue
+from pretrain.errors import CheckpointError, DiskError, ParlanceError, Requeue
 from pretrain.hooks import Save, Skips, StopOnSignal, Validation
 from pretrain.loop import Hook, Progress, StepReport, fit
 from pretrain.models import EncoderDecoder
@@ -85,7 +86,9 @@ class Run:
         self.environment = runs.describe_environment(world, self.model.backend)
         self.meter = Meter()
         self.scores: dict[str, float] = {}  # what rank 0 has measured since the last update
-        self.spare: checkpoint.Spare = lambda store: ()
+        self.spare: Spare = lambda store: ()
+        self.saver = Saver(store, engine, world, settings.train.keep, lambda store: self.spare(store))
+        self._copied = self.progress, self.meter  # what goes with the save that is not committed yet
         self.console: Console | None = None
         self.board: TensorBoard | None = None
 
@@ -158,8 +161,10 @@ class Run:
         steps = self.settings.train.steps
         rate = partial(learning_rate, config=self.settings.optim, total_steps=steps)
         windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
-        with Signals() as signals, self._journal(), closing(windows):  # a generator: its end ends its workers
-            hooks = AllRanks(together(lambda: self._hooks(signals, texts)), self.folder)
+        # The windows are a generator: its end ends its workers.
+        with Signals() as signals, self._journal(), self._last_commit(), closing(windows):
+            self.saver.patience = Patience(self.settings.train.disk_patience, self._tell, lambda: signals.received)
+            hooks = AllRanks(together(lambda: self._hooks(signals, texts)), self.folder, self.saver, self._commit)
             progress = fit(self.engine, windows, rate, steps, self.progress, [hooks], flops.facts(self.model))
         if self.console is not None:
             self.console.note(f"finished at step {progress.step}, saved in {self.folder}; more: train.steps=...")
@@ -185,7 +190,7 @@ class Run:
         self.scores.clear()
 
     def _save(self, progress: Progress) -> None:
-        """Commits a checkpoint and deletes those that `train.keep` no longer covers; collective.
+        """Begins a checkpoint, when the one before is committed; ends it, too, without `train.async_save`; collective.
 
         One that `train.save_every` asks for also keeps what was measured at its step.
         """
@@ -193,15 +198,50 @@ class Run:
         content = {**progress.to_json(), "data": self.data, "kernels": self.model.backend, "fixed": self.fixed}
         if progress.step % train.save_every == 0 or progress.step == train.steps:
             content["scores"] = {name: value for name, value in self.scores.items() if math.isfinite(value)}
-        began, spent = time.perf_counter(), self.meter
-        checkpoint.save(self.store, progress.step, self.engine, self.world, content, train.keep, self.spare)
-        self.reached, self.meter = progress, Meter()
+        self._commit()
+        self.saver.start(progress.step, content)
+        self._copied, self.meter = (progress, self.meter), Meter()
+        if not train.async_save:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Commits what was begun, if anything, and deletes what `train.keep` no longer covers; collective."""
+        saved = self.saver.finish()
+        if saved is None:
+            return
+        self.reached, spent = self._copied
         times = {
             "seconds": spent.seconds,
             "wait_seconds": spent.wait_seconds,
-            "save_seconds": time.perf_counter() - began,
+            "save_seconds": saved.seconds,
+            "write_seconds": saved.write_seconds,
+            **({"paused_seconds": saved.paused_seconds} if saved.paused_seconds else {}),
         }
-        self._record("save", progress.step, **{name: round(value, 3) for name, value in times.items()})
+        told = {name: round(value, 3) for name, value in times.items()}
+        self.saver.patience(lambda: self._record("save", saved.step, **told))
+
+    @contextmanager
+    def _last_commit(self) -> Iterator[None]:
+        """What was begun is committed, too, where all ranks end together, by a signal or by an error."""
+        try:
+            yield
+        except Requeue:
+            self._commit()
+            raise
+        except ParlanceError as error:
+            if error.shared:
+                self.saver.patience = Patience()
+                with suppress(ParlanceError):  # the first error is told
+                    self._commit()
+            raise
+
+    def _tell(self, line: str, paused: bool) -> None:
+        if self.world.rank == 0:
+            with suppress(OSError):  # the console may be a file on that disk
+                (self.note or print)(line)
+            with suppress(ParlanceError):
+                if paused:
+                    self.events.add("pause", self.reached.step, message=line)
 
     def _resume(self, given_by: str) -> Progress:
         """Restores the last verified checkpoint; without one, gives each rank dropout of its own and starts at 0."""
@@ -225,7 +265,8 @@ class Run:
         try:
             yield
         except Requeue:
-            self._record("stop", self.reached.step)
+            with suppress(DiskError):  # what stopped is saved, or has said why it is not
+                self._record("stop", self.reached.step)
             raise
         except ParlanceError as error:
             if self.world.rank == 0:
@@ -243,14 +284,14 @@ class Run:
 
 
 class AllRanks:
-    """The hooks of a run as one.
+    """The hooks of a run as one, and the end of a save when every rank has written its share.
 
     What one rank alone meets, as rank 0 a full disk below its board, must not keep it from the collectives of the hooks
     that follow; afterwards it is the error of every rank.
     """
 
-    def __init__(self, hooks: Sequence[Hook], folder: Path) -> None:
-        self.hooks, self.folder = hooks, folder
+    def __init__(self, hooks: Sequence[Hook], folder: Path, saver: Saver, commit: Callable[[], None]) -> None:
+        self.hooks, self.folder, self.saver, self.commit = hooks, folder, saver, commit
 
     def after_step(self, report: StepReport) -> None:
         error: ParlanceError | None = None
@@ -262,7 +303,11 @@ class AllRanks:
                 if problem.shared:
                     raise
                 error = error or problem
-        distributed.agree(error)
+        told = distributed.sum_counts({"errors": int(error is not None), "writing": int(self.saver.writing)})
+        if told["errors"]:
+            distributed.agree(error)
+        if report.last or not told["writing"]:
+            self.commit()
 
 
 def claim(

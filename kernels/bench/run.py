@@ -19,6 +19,7 @@ import exit_latency  # noqa: E402
 import exits  # noqa: E402
 import latency  # noqa: E402
 import masks  # noqa: E402
+import saving  # noqa: E402
 import steps  # noqa: E402
 import torch  # noqa: E402
 import vocab  # noqa: E402
@@ -36,6 +37,7 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "ar_latency": lambda: [latency.ar_row()],
     "ct2_latency": latency.ct2_rows,
     "exit_latency": exit_latency.rows,
+    "saving": lambda: [saving.row()],
 }
 
 

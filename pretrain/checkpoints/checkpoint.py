@@ -1,4 +1,4 @@
-"""Saving and resuming a run: engine state, random generators and progress, as one commit.
+"""Resuming a run from what `saver` commits: engine state, random generators and progress.
 
     state.json, state-rank{r}.safetensors    the engine (engine/state.py)
     rng-rank{r}.safetensors                  the generators of each rank
@@ -8,21 +8,18 @@ Every function but `read_progress` is collective. Rank 0 alone renames and delet
 all of them.
 """
 
-import json
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from pretrain import distributed, rng
-from pretrain.checkpoints.commit import Store, disk_errors
-from pretrain.checkpoints.seal import Described, read_json
+from pretrain.checkpoints.commit import Store
+from pretrain.checkpoints.seal import read_json
 from pretrain.distributed import World
 from pretrain.engine import Engine, state
 from pretrain.errors import CheckpointError, ParlanceError
 
 FORMAT = 1
 PROGRESS = "progress.json"
-Spare = Callable[[Store], Collection[str]]
 
 
 def open_store(run_dir: str | Path) -> tuple[Store, list[str]]:
@@ -42,52 +39,6 @@ def open_store(run_dir: str | Path) -> tuple[Store, list[str]]:
 
     lines: list[str] = distributed.rank_zero(begin)
     return store, lines
-
-
-def save(
-    store: Store,
-    step: int,
-    engine: Engine,
-    world: World,
-    progress: dict[str, Any],
-    keep: int = 0,
-    spare: Spare = lambda store: (),
-) -> Path:
-    """Commits the whole state after `step` updates; then keeps the newest `keep` commits (0: all).
-
-    Args:
-        progress: what the loop needs to go on, as JSON.
-        spare: names the commits that are kept besides, called on rank 0 when this one is there.
-
-    Raises:
-        NonFiniteError: a weight or optimizer state is not finite; nothing is committed.
-        DiskError: the disk is full, over quota or read-only; earlier commits are intact.
-        CheckpointError: rank 0 does not see a file that another rank wrote.
-    """
-    staging = Path(distributed.rank_zero(lambda: str(store.begin(step))))
-    error: ParlanceError | None = None
-    mine: dict[str, Described] = {}
-    try:
-        with disk_errors(staging):
-            names = [*state.save(engine, staging), f"rng-rank{world.rank}.safetensors"]
-            rng.save(staging / names[-1])
-            if world.rank == 0:
-                content = {"format": FORMAT, "step": step, "ranks": world.size, "progress": progress}
-                (staging / PROGRESS).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-                names.append(PROGRESS)
-            mine = store.seal(staging, names)
-    except ParlanceError as problem:
-        error = problem
-    try:
-        distributed.agree(error)
-        files = {name: described for part in distributed.exchange(mine) for name, described in part.items()}
-        target = Path(distributed.rank_zero(lambda: str(store.commit(staging, step, files))))
-    except ParlanceError:
-        distributed.rank_zero(lambda: store.discard(staging))
-        raise
-    if keep:
-        distributed.rank_zero(lambda: store.retain(keep, spare(store)))
-    return target
 
 
 def load_latest(store: Store, engine: Engine, world: World, seed: int) -> dict[str, Any] | None:

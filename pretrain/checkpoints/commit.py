@@ -34,7 +34,15 @@ from pretrain.checkpoints.seal import (
     number,
     verify,
 )
-from pretrain.errors import DISK_ERRNOS, NO_LOCK_ERRNOS, CheckpointError, DiskError
+from pretrain.errors import (
+    DISK_ERRNOS,
+    FULL_ERRNOS,
+    NO_LOCK_ERRNOS,
+    CheckpointError,
+    DiskError,
+    DiskFullError,
+    ParlanceError,
+)
 from pretrain.plain import open_plain
 
 _COMMIT = re.compile(r"step-(\d{8,})")
@@ -79,14 +87,18 @@ class Store:
     def commit(self, staging: Path, step: int, files: Mapping[str, Described]) -> Path:
         """Makes `files`, what every process has sealed, the latest commit; on return it survives a power loss.
 
+        After a DiskError it may be called again, with the same arguments, once there is room.
+
         Raises:
             DiskError: the disk is full, over quota or read-only; earlier commits are intact.
             CheckpointError: `staging` lacks one of `files`, holds it in another size, or holds anything else.
         """
         with disk_errors(staging):
-            check_staged(staging, files)
-            self._write(staging / MANIFEST, manifest_bytes(step, dict(files)))
-            self._sync(staging)
+            sealed = manifest_bytes(step, dict(files))
+            if os.path.lexists(staging) or not self._renamed(step, sealed):
+                check_staged(staging, files)
+                self._write(staging / MANIFEST, sealed)
+                self._sync(staging)
             return self._publish(staging, step)
 
     def discard(self, staging: Path) -> None:
@@ -226,11 +238,21 @@ class Store:
         self._discard(staging)
         return f"deleted {staging.name}, which was not complete"
 
+    def _target(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _renamed(self, step: int, sealed: bytes) -> bool:
+        """Whether the commit with this very manifest has its name already."""
+        with contextlib.suppress(FileNotFoundError), open_plain(self._target(step) / MANIFEST) as file:
+            return file.read(len(sealed) + 1) == sealed
+        return False
+
     def _publish(self, staging: Path, step: int) -> Path:
-        target = self.folder / f"step-{step:08d}"
-        if os.path.lexists(target):  # the same step again, after resuming from an older or damaged commit
-            self._trash(target)
-        self._rename(staging, target)
+        target = self._target(step)
+        if os.path.lexists(staging):  # it is gone where a full disk stopped an earlier call behind the rename
+            if os.path.lexists(target):  # the same step again, after resuming from an older or damaged commit
+                self._trash(target)
+            self._rename(staging, target)
         self._sync(self.folder)
         self._verified[target.name] = _signature(target)
         self._point(target)
@@ -318,11 +340,14 @@ class Store:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the OSError of a full, over-quota or read-only disk into DiskError and any other into CheckpointError."""
+    """Turns the OSError of a full or over-quota disk into DiskFullError, of a read-only one into DiskError and any
+    other into CheckpointError."""
     try:
         yield
     except OSError as error:
-        kind = DiskError if error.errno in DISK_ERRNOS else CheckpointError
+        kind: type[ParlanceError] = DiskError if error.errno in DISK_ERRNOS else CheckpointError
+        if error.errno in FULL_ERRNOS:
+            kind = DiskFullError
         raise kind(f"`{error.filename or path}` cannot be written: {error.strerror or error}") from error
 
 

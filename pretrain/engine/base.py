@@ -106,8 +106,15 @@ class Engine(ABC):
         """The full shape of every parameter."""
 
     @abstractmethod
+    def whole(self, name: str) -> dict[str, Tensor]:
+        """{"param", "exp_avg", "exp_avg_sq"}: the full master tensors of a parameter, wherever they are; collective.
+
+        They may be the very tensors that the next update changes.
+        """
+
     def read(self, name: str) -> dict[str, Tensor]:
-        """{"param", "exp_avg", "exp_avg_sq"}: the full master tensors of a parameter, on the CPU; collective."""
+        """What `whole` finds, copied to the CPU; collective."""
+        return {key: value.cpu().clone() for key, value in self.whole(name).items()}
 
     @abstractmethod
     def write(self, name: str, state: Mapping[str, Tensor]) -> None:

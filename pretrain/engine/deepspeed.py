@@ -90,7 +90,7 @@ class DeepSpeedEngine(Engine):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def read(self, name: str) -> dict[str, Tensor]:
+    def whole(self, name: str) -> dict[str, Tensor]:
         parameter: Any = self.module.get_parameter(name)
         state = {}
         for key in ("param", *MOMENTS):
@@ -101,7 +101,7 @@ class DeepSpeedEngine(Engine):
                 value = self._zero.get_full_hp_param(parameter, moment)
             else:
                 value = parameter.get_full_hp_param(moment)
-            state[key] = value.detach().cpu().clone().reshape(self._shapes[name])
+            state[key] = value.detach().reshape(self._shapes[name])
         return state
 
     @torch.no_grad()

@@ -62,10 +62,9 @@ class LocalEngine(Engine):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self.parameters().items()}
 
-    def read(self, name: str) -> dict[str, Tensor]:
+    def whole(self, name: str) -> dict[str, Tensor]:
         master = self._masters[self.module.get_parameter(name)]
-        state = {"param": master} | {key: self._adam.state[master][key] for key in MOMENTS}
-        return {key: value.detach().cpu().clone() for key, value in state.items()}
+        return {"param": master.detach()} | {key: self._adam.state[master][key] for key in MOMENTS}
 
     @torch.no_grad()
     def write(self, name: str, state: Mapping[str, Tensor]) -> None:

@@ -8,14 +8,16 @@ lock. Goodput is
 
 Updates that a kill threw away, validation, saving, starting and waiting in a queue are in the denominator alone. For a
 run that is not running the clock stops at its last sign of life. A save that tells no `seconds` counts with the time
-since the save or start before it.
+since the save or start before it. Between lives is the time from the last event of one to the start of the next: what a
+kill threw away, and the wait in the queue.
 """
 
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from pretrain.watch.console import clock, short
 # How a life ended, by its last event; a life without one of these was killed.
 ENDS = {"finish": "finished", "stop": "stopped by a signal", "error": "failed"}
 UNKNOWN = "not known, this file system has no locks"
+BEGINS = ("start", "resume")
+PAUSED = "paused, the disk is full"
 RECENT = 4000  # values of the board that the pace is measured on
 RETRIES = 5  # of reading a checkpoint, while a fast run deletes old ones
 STARTING = 2.0  # seconds within which two lives cannot be told by their names
@@ -45,11 +49,13 @@ LOSSES = ("loss/", "valid/")
 class Status:
     """What `--json` prints. Times are seconds; None where the run does not tell yet.
 
-    state: running, finished, stopped by a signal, failed, killed or `UNKNOWN`. by: the job that holds the run. step:
-    last logged update. verified_step: of the newest intact checkpoint, which is where the next start resumes. problem:
-    why there is none. tokens: seen at that checkpoint. seconds_left: of training, at the pace of the last updates.
-    seconds_kept: of the updates that goodput counts. losses: {"loss/ar": 5.4, "valid/ar": 5.6, ...}, the last on the
-    board of this life.
+    state: running, `PAUSED`, finished, stopped by a signal, failed, killed or `UNKNOWN`. by: the job that holds the
+    run. step: last logged update. verified_step: of the newest intact checkpoint, which is where the next start
+    resumes. problem: why there is none. tokens: seen at that checkpoint. seconds_left: of training, at the pace of the
+    last updates.
+    seconds_kept: of the updates that goodput counts. seconds_saving: that training stood still for checkpoints.
+    seconds_paused: for want of room on the disk. seconds_between: lives. losses: {"loss/ar": 5.4, "valid/ar": 5.6,
+    ...}, the last on the board of this life.
     """
 
     run: str
@@ -70,6 +76,9 @@ class Status:
     seconds_left: float | None
     seconds_since_start: float
     seconds_kept: float
+    seconds_saving: float
+    seconds_paused: float
+    seconds_between: float
     losses: dict[str, float]
     goodput: float | None
     restarts: int
@@ -95,19 +104,20 @@ def read_status(run: Path, now: float) -> Status:
         by, otherwise = holder(run), "killed"
     except NoLocks:
         by, otherwise = None, UNKNOWN
-    begins = [event for event in events if event["event"] in ("start", "resume")]
+    begins = [event for event in events if event["event"] in BEGINS]
     store, board = Store(run), Board.read(run / runs.BOARD, begins[-1]["time"] if begins else None)
     progress, problem = _verified(store)
     saves = kept_saves(events)
+    all_saves = [event for event in events if event["event"] == "save"]
     errors = [event for event in events if event["event"] == "error"]
-    ended = next((event["event"] for event in reversed(events) if event["event"] in (*ENDS, "start", "resume")), "")
+    ended = next((event["event"] for event in reversed(events) if event["event"] in (*ENDS, *BEGINS)), "")
     sign = max(events[-1]["time"], board.time if board else 0.0)
     passed = max(0.0, (now if by else sign) - events[0]["time"])  # a clock may have been set back
     step = max([event["step"] for event in events[-1:]] + ([board.step] if board else []))
     kept = sum(save["seconds"] for save in saves)
     return Status(
         run=str(run),
-        state="running" if by else ENDS.get(ended, otherwise),
+        state=(PAUSED if events[-1]["event"] == "pause" else "running") if by else ENDS.get(ended, otherwise),
         by=by,
         step=step,
         steps=steps,
@@ -124,6 +134,9 @@ def read_status(run: Path, now: float) -> Status:
         seconds_left=board.seconds_per_update * max(0, steps - step) if board and board.seconds_per_update else None,
         seconds_since_start=passed,
         seconds_kept=kept,
+        seconds_saving=sum(_seconds(save, "save_seconds") - _seconds(save, "paused_seconds") for save in all_saves),
+        seconds_paused=_until_next(events, lambda event, after: event == "pause" and after not in BEGINS),
+        seconds_between=_until_next(events, lambda event, after: after in BEGINS),
         losses=board.losses if board else {},
         goodput=min(1.0, kept / passed) if passed > 0 else None,
         restarts=len(begins) - 1,
@@ -141,7 +154,7 @@ def kept_saves(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     saves: list[dict[str, Any]] = []
     before = 0.0
     for event in events:
-        if event["event"] in ("start", "resume"):
+        if event["event"] in BEGINS:
             saves = [save for save in saves if save["step"] <= event["step"]]
         elif event["event"] == "save":
             told = event.get("seconds")
@@ -151,6 +164,17 @@ def kept_saves(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         before = event["time"]
     return saves
+
+
+def _seconds(save: Mapping[str, Any], name: str) -> float:
+    told = save.get(name)
+    return max(0.0, told) if isinstance(told, int | float) else 0.0
+
+
+def _until_next(events: Sequence[dict[str, Any]], wanted: Callable[[str, str], bool]) -> float:
+    """Seconds from each event to the one after it, of the pairs whose names are wanted."""
+    pairs = [(event, after) for event, after in pairwise(events) if wanted(event["event"], after["event"])]
+    return sum(max(0.0, after["time"] - event["time"]) for event, after in pairs)
 
 
 @dataclass(frozen=True)
@@ -225,6 +249,12 @@ def describe(found: Status) -> str:
             when = f"until {done} if it is running"
         left = f"{clock(found.seconds_left)}, {when}" if found.seconds_left else "nothing"
     of_time = f" of {clock(found.seconds_since_start)} since the first start, {clock(found.seconds_kept)} of updates"
+    for what, seconds in (
+        ("saving", found.seconds_saving),
+        ("paused", found.seconds_paused),
+        ("between lives", found.seconds_between),
+    ):
+        of_time += f", {clock(seconds)} {what}" if seconds >= 1 else ""
     sign = f"last sign of life {clock(found.seconds_since_sign)} ago"
     lines = {
         "state": f"{found.state}, {found.by}" if found.by else found.state,

@@ -1,8 +1,11 @@
 """What the tests of the commit layer share: a script of saves, and what a commit of a step must hold."""
 
 from pathlib import Path
+from typing import Any
 
 from pretrain.checkpoints.commit import Store
+from pretrain.checkpoints.saver import Saver
+from pretrain.distributed import World
 
 
 class Killed(BaseException):
@@ -30,6 +33,15 @@ def save(store: Store, step: int) -> None:
     for name, data in content(step).items():
         (staging / name).write_bytes(data)
     store.commit(staging, step, store.seal(staging, content(step)))
+
+
+def save_state(store: Store, step: int, engine: Any, world: World, progress: dict[str, Any], keep: int = 0) -> Path:
+    """The state of an engine, begun and committed at once."""
+    saver = Saver(store, engine, world, keep)
+    saver.start(step, progress)
+    saved = saver.finish()
+    assert saved is not None and saved.step == step
+    return saved.path
 
 
 def step_of(path: Path | None) -> int:

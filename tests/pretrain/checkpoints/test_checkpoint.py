@@ -21,6 +21,7 @@ from pretrain.distributed import World
 from pretrain.engine import state as engine_state
 from pretrain.errors import CheckpointError, DiskError, NonFiniteError
 from tests.distributed_helper import run_ranks
+from tests.pretrain.checkpoints.commits import save_state
 from tests.pretrain.toy_engine import toy_engine, toy_train
 
 CASES = [("local", 0, "fp32"), *(("deepspeed", stage, "fp32") for stage in range(4))]
@@ -45,7 +46,7 @@ def saved(world: World, run: Path, kind: str, stage: int, precision: str = "fp32
     rng.seed(11, world.rank)
     toy_train(engine, range(3))
     store, _ = checkpoint.open_store(run)
-    checkpoint.save(store, 3, engine, world, {"position": 33}, keep=1)
+    save_state(store, 3, engine, world, {"position": 33}, keep=1)
     store.unlock()
     return engine
 
@@ -83,7 +84,7 @@ def two_ranks(world: World, root: Path) -> dict[str, Any]:
     fresh = toy_engine(world, "deepspeed", 3)
     store, _ = checkpoint.open_store(root / "fresh")
     assert checkpoint.load_latest(store, fresh, world, seed=1) is None
-    checkpoint.save(store, 0, fresh, world, {})
+    save_state(store, 0, fresh, world, {})
     found["before the first step"] = everything(fresh)
     other = toy_engine(world, "deepspeed", 1, seed=5)
     checkpoint.load_latest(store, other, world, seed=1)
@@ -103,7 +104,7 @@ def half_precision(world: World, root: Path) -> Any:
     engine = toy_engine(world, "deepspeed", 2, "fp16")
     before = toy_train(engine, range(12))  # the first scale is too high: some updates are skipped
     store, _ = checkpoint.open_store(run)
-    checkpoint.save(store, 12, engine, world, {"position": 33})
+    save_state(store, 12, engine, world, {"position": 33})
     store.unlock()
     scale = engine.loss_scale_state()
     straight = toy_train(engine, range(12, 15)), everything(engine), engine.loss_scale_state()
@@ -128,16 +129,16 @@ def failures(world: World, store: Store, engine: Any) -> list[str]:
     real = engine_state.save_file
     if world.rank == 1:
         engine_state.save_file = full_disk  # type: ignore[assignment]
-    note(DiskError, checkpoint.save, store, 1, engine, world, {})
+    note(DiskError, save_state, store, 1, engine, world, {})
     engine_state.save_file = real
     local = toy_engine(world, "local")
     if world.rank == 1:
         with torch.no_grad():
             local.module.model.norm.bias[2] = float("nan")
-    note(NonFiniteError, checkpoint.save, store, 1, local, world, {})
+    note(NonFiniteError, save_state, store, 1, local, world, {})
     if world.rank == 1:
         store.seal = unseen(store)  # type: ignore[method-assign]
-    note(CheckpointError, checkpoint.save, store, 1, engine, world, {})
+    note(CheckpointError, save_state, store, 1, engine, world, {})
     left = sorted(path.name for path in store.folder.iterdir())
     return [*messages, *left]
 
@@ -251,7 +252,7 @@ def test_files_and_tied_weights(root: Path, found: dict[str, Any]) -> None:
 
 def test_first_difference_is_named(tmp_path: Path) -> None:
     engine = toy_engine(ALONE, "local")
-    engine_state.save(engine, tmp_path)
+    engine_state.write(engine_state.copy(engine, {}), tmp_path)
     text = (tmp_path / "state.json").read_text()
     for old, new, message in (
         ("model.norm.weight", "model.norm.gain", "`model.norm.weight` must be there, is missing"),
@@ -273,7 +274,7 @@ def test_generators_are_restored_or_seeded_anew(tmp_path: Path) -> None:
 
     rng.seed(1, 2, 3)
     draw()  # leaves half a gaussian pair behind in numpy and in python
-    rng.save(tmp_path / "rng.safetensors")
+    rng.capture().write(tmp_path / "rng.safetensors")
     wanted = [draw() for _ in range(3)]
     rng.seed(4)
     rng.restore(tmp_path / "rng.safetensors")
@@ -288,7 +289,7 @@ def test_generators_are_restored_or_seeded_anew(tmp_path: Path) -> None:
 def test_resume_with_other_ranks_seeds_from_the_step(tmp_path: Path) -> None:
     engine = toy_engine(ALONE, "local")
     store, _ = checkpoint.open_store(tmp_path)
-    path = checkpoint.save(store, 7, engine, ALONE, {"position": 1})
+    path = save_state(store, 7, engine, ALONE, {"position": 1})
     checkpoint.load(path, engine, World(1, 4, 1, torch.device("cpu")), seed=3)
     resumed = torch.rand(4)
     rng.seed(3, 7, 1)
@@ -299,5 +300,5 @@ def test_progress_must_be_finite_json(tmp_path: Path) -> None:
     engine = toy_engine(ALONE, "local")
     store, _ = checkpoint.open_store(tmp_path)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        checkpoint.save(store, 1, engine, ALONE, {"loss": float("nan")})
+        save_state(store, 1, engine, ALONE, {"loss": float("nan")})
     assert store.latest() is None

@@ -5,14 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from pretrain import rng
 from pretrain.checkpoints.commit import Store
+from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.seal import verify
-from pretrain.errors import DiskError
+from pretrain.distributed import World
+from pretrain.engine import state
+from pretrain.errors import CheckpointError, DiskError
 from tests.pretrain.checkpoints.commits import Killed, Script, life, operations, prepare, save, step_of, tidy
+from tests.pretrain.toy_engine import toy_engine, toy_train
 
 
 def test_kill_at_every_operation(tmp_path: Path) -> None:
@@ -45,25 +53,33 @@ def test_kill_at_every_operation(tmp_path: Path) -> None:
     assert reached == {"step-00000002", "step-00000003", "step-00000004"}
 
 
+@pytest.mark.fault("kill -9 at a file operation of a save, retention or recovery", trials=70)
 def test_real_kills(tmp_path: Path) -> None:
-    """The same by SIGKILL, of a process of its own, at every third operation."""
-    for at in range(1, operations(tmp_path / "count") + 1, 3):
+    """The same by SIGKILL, of a process of its own."""
+    total = operations(tmp_path / "count")
+    assert total >= 70
+    for at in range(1, total + 1):
         run = tmp_path / str(at)
         prepare(run)
-        child = os.fork()
-        if child == 0:
-            try:
-                life(Store(run, Suicide(at, Killed())))
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        kill(lambda run=run, at=at: life(Store(run, Suicide(at, Killed()))))  # type: ignore[misc]
         after = Store(run)
         after.lock()
         after.recover()
         assert step_of(after.latest()) >= 2 and tidy(run)
         save(after, 6)
         assert step_of(Store(run).latest()) == 6
+
+
+def kill(life: Callable[[], object]) -> None:
+    """Runs `life` in a process of its own, which must end by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            life()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 class Suicide(Script):
@@ -136,17 +152,93 @@ def test_kill_during_recovery(tmp_path: Path) -> None:
                 again += 1
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_disk_full_at_every_operation(tmp_path: Path, code: int) -> None:
+SEEN = 100  # file operations of the life below, at least
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def background_life(run: Path, hook: Script, keep: int) -> None:
+    """Saves that a thread writes while training goes on, each rank's files in three operations of their own."""
+
+    def torn(tensors: Any, path: Path, metadata: Any = None) -> None:
+        hook("create", path)
+        real(tensors, path, metadata)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        hook("write", path)
+        path.write_bytes(whole)
+        hook("write", path)
+
+    real, state.save_file, rng.save_file = state.save_file, torn, torn  # type: ignore[assignment]
+    rng.seed(5)
+    engine = toy_engine(ALONE, "local", dropout=0.3)
+    store = Store(run, hook)
+    store.lock()
+    store.recover()
+    saver = Saver(store, engine, ALONE, keep)
+    for step in range(4):
+        saver.start(step, {"position": step})
+        toy_train(engine, range(step, step + 1))
+        saver.finish()
+    os._exit(0)
+
+
+def background_kills(folder: Path, points: Callable[[int], range]) -> int:
+    """Kills that life at some of its operations, by SIGKILL; returns how often."""
+    whole, counted = folder / "whole", folder / "count"
+
+    class Counting(Script):
+        def __call__(self, operation: str, path: Path) -> None:
+            super().__call__(operation, path)
+            counted.write_text(str(self.seen))
+
+    for run, keep in ((whole, 0), (folder / "kept", 2)):
+        child = os.fork()
+        if child == 0:
+            background_life(run, Counting(0, Killed()), keep)
+        assert os.waitpid(child, 0)[1] == 0
+    wanted = {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in Store(whole).commits()}
+    assert list(wanted) == [f"step-{step:08d}" for step in range(4)] and len(set(map(str, wanted.values()))) == 4
+    total = int(counted.read_text())
+    assert total >= SEEN
+    for at in points(total):
+        run = folder / str(at)
+        kill(lambda run=run, at=at: background_life(run, Suicide(at, Killed()), 2))  # type: ignore[misc]
+        before = [path.name for path in Store(run).commits() if not verify(path)]
+        after = Store(run)
+        after.lock()
+        after.recover()
+        found = {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in after.commits()}
+        assert found == {name: wanted[name] for name in found}, f"operation {at}: not a bit of another step"
+        assert max(found, default="") >= max(before, default="") and (not found or tidy(run))
+        save(after, 5)
+        assert step_of(Store(run).latest()) == 5
+    return len(points(total))
+
+
+@pytest.mark.fault("kill -9 at a file operation of a save, retention or recovery", trials=20)
+def test_kills_of_a_background_save(tmp_path: Path) -> None:
+    assert background_kills(tmp_path, lambda total: range(1, total + 1, 5)) >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kill -9 at a file operation of a save, retention or recovery", trials=SEEN)
+def test_kills_of_a_background_save_at_every_operation(tmp_path: Path) -> None:
+    assert background_kills(tmp_path, lambda total: range(1, total + 1)) >= SEEN
+
+
+@pytest.mark.fault("disk full, over quota, read-only, EIO", trials=35)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_disk_that_refuses_at_every_operation(tmp_path: Path, code: int) -> None:
     total = operations(tmp_path / "count")
+    assert total >= 70
     for at in range(1, total + 1, 2):
         run = tmp_path / str(at)
         prepare(run)
         script = Script(at, OSError(code, os.strerror(code), str(run)))
         try:
             life(Store(run, script))
-        except DiskError as error:
-            assert str(run) in str(error)
+        except (DiskError, CheckpointError) as error:
+            assert str(run) in str(error) and isinstance(error, CheckpointError) == (code == errno.EIO)
         else:
             assert total - 2 <= at <= script.seen, "only giving up a save may go wrong in silence"
         after = Store(run)

@@ -21,6 +21,7 @@ from pretrain.engine import build
 from pretrain.models import EncoderDecoder, layers
 from pretrain.objectives import ObjectiveModule
 from tests.distributed_helper import run_ranks
+from tests.pretrain.checkpoints.commits import save_state
 from tests.pretrain.objectives.cases import IDS, SHAPE, VOCAB, WHOLE, examples, fitted, tiny_model, unit_scale
 
 NAMES = ("janus", "cmlm", "denoise", "lplm", "hard_exit", "soft_exit")
@@ -258,7 +259,7 @@ def test_a_checkpoint_weighs_what_was_computed(bias, tmp_path):
     module = ObjectiveModule(model, objective_of("janus"))
     engine = build(EngineConfig(kind="local"), FEW, module, world)
     store, _ = checkpoint.open_store(tmp_path)
-    checkpoint.save(store, 1, engine, world, {"step": 1})
+    save_state(store, 1, engine, world, {"step": 1})
     store.unlock()
     found = sum(file.stat().st_size for file in (tmp_path / "checkpoints" / "step-00000001").iterdir())
     assert checkpoint_bytes(module, 1) == pytest.approx(found, rel=0.01)

@@ -196,11 +196,13 @@ def test_goodput_counts_updates_whose_result_was_kept(run: Path) -> None:
     write_events(
         run,
         event("start", 0, 1000.0),
-        event("save", 2, 1050.0, seconds=40.0),
-        event("save", 4, 1100.0, seconds=45.0),
+        event("save", 2, 1050.0, seconds=40.0, save_seconds=2.0),
+        event("save", 4, 1100.0, seconds=45.0, save_seconds="many"),
+        event("pause", 4, 1110.0, message="paused: the disk is full"),
         event("resume", 2, 1200.0),  # what was saved at 4 is damaged
         event("skip", 3, 1210.0),
-        event("save", 4, 1260.0, seconds=30.0),
+        event("pause", 2, 1250.0, message="paused: the disk is full"),
+        event("save", 4, 1260.0, seconds=30.0, save_seconds=11.5, paused_seconds=10.0),
         event("stop", 4, 1400.0),
     )
     shutil.rmtree(run / "tb")
@@ -209,7 +211,9 @@ def test_goodput_counts_updates_whose_result_was_kept(run: Path) -> None:
     assert found.seconds_since_start == 400 and found.goodput == pytest.approx((40 + 30) / 400)
     assert found.seconds_since_save == 5000 - 1260 and found.seconds_since_sign == 3600
     assert (found.seconds_per_update, found.tokens_per_second, found.seconds_left) == (None, None, None)
+    assert (found.seconds_saving, found.seconds_paused, found.seconds_between) == (2.0 + 1.5, 10.0, 90.0)
     assert "pace     not known yet\n  left     not known yet\n  goodput  18% of 6:40 " in describe(found)
+    assert "1:10 of updates, 0:04 saving, 0:10 paused, 1:30 between lives\n" in describe(found)
 
 
 def test_a_save_that_tells_no_seconds_has_those_since_the_event_before() -> None:
