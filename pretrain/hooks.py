@@ -115,7 +115,7 @@ class TextSamples:
 
 
 class Save:
-    """Saves every `every` updates and at the last one; `write` commits a checkpoint and applies retention."""
+    """Saves every `every` updates and at the last one; `write` begins a checkpoint."""
 
     def __init__(self, every: int, write: Callable[[Progress], None]) -> None:
         self.every, self.write = every, write
