@@ -7,7 +7,7 @@ ranges are checked on load, and components receive plain values from here, never
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -121,7 +121,7 @@ class EngineConfig(Section):
     """How the update is computed: by DeepSpeed (ZeRO 0-3) or by plain torch (`local`)."""
 
     kind: Literal["deepspeed", "local"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: int = Field(2, ge=0, le=3)
     offload: Literal["none", "optimizer", "all"] = "none"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False
@@ -153,11 +153,15 @@ class TrainConfig(Section):
     @classmethod
     def _one_length(cls, values: Any) -> Any:
         """`epochs` alone, or `steps` (1000 where neither is given)."""
-        if not isinstance(values, dict) or (values.get("epochs") is None and values.get("steps", 1)):
+        if not isinstance(values, dict):
             return values
-        if (values.get("epochs") is None) == (not values.get("steps")):
-            found = f"{values.get('steps')} and {values.get('epochs')}"
-            raise ValueError(f"give exactly one of `steps` and `epochs`, `steps` at least 1, got {found}")
+        steps, epochs = values.get("steps"), values.get("epochs")
+        if epochs is None and ("steps" not in values or steps not in (None, 0)):
+            return values
+        if (epochs is None) == (steps in (None, 0)):
+            raise ValueError(
+                f"give exactly one of `steps` and `epochs`, `steps` at least 1, got {steps!r} and {epochs!r}"
+            )
         return {**values, "steps": 0}
 
 
@@ -276,20 +280,21 @@ def _named(values: Any, place: Sequence[str | int]) -> list[str]:
     """The part of `place` that people have written; behind it pydantic names the kinds that a value could be of."""
     found = []
     for part in place:
-        if not isinstance(values, Mapping) and not (isinstance(values, list) and isinstance(part, int)):
+        if not (part in values if isinstance(values, Mapping) else isinstance(values, list) and isinstance(part, int)):
             break
         found.append(str(part))
-        values = values.get(part) if isinstance(values, Mapping) else values[int(part)]
+        values = values[part]
     return found
 
 
 def _explain(kind: type[BaseModel], values: Any, problem: dict[str, Any]) -> str:
     path = [str(part) for part in problem["loc"]]
-    name = ".".join(_named(values, problem["loc"])) or kind.__name__
+    name = ".".join(path if problem["type"] == "missing" else _named(values, problem["loc"])) or kind.__name__
     if problem["type"] == "extra_forbidden":
         section: Any = kind
         for part in path[:-1]:
-            section = section.model_fields[part].annotation
+            annotation = section.model_fields[part].annotation
+            section = next(one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields"))
         near = difflib.get_close_matches(path[-1], list(section.model_fields), n=1, cutoff=0.4)
         hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(section.model_fields)}"
         return f"unknown key `{name}`; {hint}"

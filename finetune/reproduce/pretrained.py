@@ -160,7 +160,7 @@ class Pretrainings:
             *objective[1:],
             f"train.steps={updates}",
         ]
-        command = (*self.settings.launch, self.settings.config, *overrides)
+        command = (PYTHON, "-m", "pretrain", "train", self.settings.config, *overrides)
         trained = Step(f"train/{name}-{updates}", command, tuple(needs))
         handoff = (PYTHON, "-m", "pretrain", "handoff", str(self.desk.run(name)), "--out", str(bundle))
         return Start(

@@ -38,15 +38,13 @@ class Translation(Section):
 class Pretraining(Section):
     """Wikipedia and books. config: YAML of `pretrain train`. max_length: tokens of a text. overrides: of each training.
 
-    continued: overrides of what begins with the weights of BART. launch: what starts a training, in place of
-    `python -m pretrain train`.
+    continued: overrides of what begins with the weights of BART.
     """
 
     config: str
     vocabulary: int = Field(ge=300)
     max_length: int = Field(ge=8)
     workers: int = Field(1, ge=1)
-    launch: list[str] = [PYTHON, "-m", "pretrain", "train"]
     overrides: list[str] = []
     continued: list[str] = []
 

@@ -90,7 +90,7 @@ class JanusOptions(Section):
     name: Literal["janus"] = "janus"
     preset: Literal["paper", "released", "released_pretrain"] = "paper"
     ar_layout: Literal["bos_first", "eos_first"] = "bos_first"
-    ar_query_position_offset: Literal[0, 1] | None = None
+    ar_query_position_offset: int | None = Field(None, ge=0, le=1)
     share_encoder: bool = True
     weights: JanusWeights = JanusWeights()
     ce_reduction: Literal["own", "target_tokens"] = "own"

@@ -25,6 +25,8 @@ from pretrain.checkpoints.seal import MANIFEST, manifest_bytes, seal_folder
 from pretrain.errors import CheckpointError
 from tests.pretrain.runs import make_data, write_config
 
+pytestmark = pytest.mark.fault("hostile hostfile, environment, path, YAML, checkpoint or shard")
+
 
 class Calls:
     """Pickles to a call of `function`."""

@@ -22,6 +22,8 @@ from tests.pretrain.runs import ROOT
 
 __all__ = ["ground"]  # the fixture that looks for the canary
 
+pytestmark = pytest.mark.fault("hostile hostfile, environment, path, YAML, checkpoint or shard")
+
 KEPT = "One honest document stands here, long enough to be kept."
 # Python and the tokenizer take 250 MB; a bomb that is held whole would take half a gigabyte and more.
 MOST_MEGABYTES = 600

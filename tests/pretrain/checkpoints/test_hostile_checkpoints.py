@@ -17,6 +17,8 @@ from pretrain.checkpoints.commit import Store
 from pretrain.checkpoints.seal import MANIFEST, manifest_bytes, verify
 from tests.pretrain.runs import make_data, reseal, write_config
 
+pytestmark = pytest.mark.fault("hostile hostfile, environment, path, YAML, checkpoint or shard")
+
 STATE, RNG = "state-rank0.safetensors", "rng-rank0.safetensors"
 
 
