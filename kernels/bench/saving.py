@@ -57,6 +57,7 @@ def row() -> Row:
             same and len(meanwhile) > 1 and not verify(other.path),
             "what is written beside training must be what is written at once",
         )
+        size = sum(file.stat().st_size for file in other.path.iterdir())
         whole, stalls, slower = [], [], []
         for repeat in range(2, 2 + REPEATS):
             calm = statistics.median(update() for _ in range(CALM))
@@ -64,7 +65,6 @@ def row() -> Row:
             updates = [0.0]
             stalls.append(beside.save(repeat, updates).seconds)
             slower.append(max(0.0, sum(updates) - calm * (len(updates) - 1)))
-        size = sum(file.stat().st_size for file in other.path.iterdir())
     stall, slow = statistics.median(stalls), statistics.median(slower)
     waiting, parameters = statistics.median(whole), sum(parameter.numel() for parameter in module.parameters())
     return Row(

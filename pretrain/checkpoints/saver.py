@@ -15,6 +15,7 @@ torch, and its memory may be pinned.
 """
 
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -33,7 +34,7 @@ from pretrain.checkpoints.patience import Patience
 from pretrain.checkpoints.seal import Described
 from pretrain.distributed import World
 from pretrain.engine import Engine, state
-from pretrain.errors import DiskFullError, ParlanceError
+from pretrain.errors import ParlanceError
 
 POLL = 0.2  # seconds that a rank waits for its writer before it tells the others: no collective is ever held for long
 Spare = Callable[[Store], Collection[str]]
@@ -58,8 +59,8 @@ class Saved:
 class _Started:
     """A save that is copied.
 
-    files: what this rank has sealed, None until its writer is done. error: what the writer ended in instead. full: what
-    it ended in before, if it was that the disk is full. paused: what patience had spent before this save.
+    files: what this rank has sealed, None until its writer is done. error: what the writer ended in instead. paused:
+    what patience had spent before this save.
     """
 
     step: int
@@ -72,7 +73,6 @@ class _Started:
     writer: threading.Thread | None = None
     files: dict[str, Described] | None = None
     error: BaseException | None = None
-    full: DiskFullError | None = None
     write_seconds: float = 0.0
 
 
@@ -177,9 +177,8 @@ class Saver:
         generators = f"rng-rank{rank}.safetensors"
         names = [*save.copied.files, generators, *([] if rank else [PROGRESS])]
         try:
-            if save.full is not None and not _has_room(save):
-                raise save.full
             with disk_errors(save.staging):
+                _check_room(save)
                 state.write(save.copied, save.staging)
                 with state.os_errors(save.staging / generators):
                     save.generators.write(save.staging / generators)
@@ -187,7 +186,7 @@ class Saver:
                     (save.staging / PROGRESS).write_text(save.progress, encoding="utf-8")
             save.files = self.store.seal(save.staging, names)
         except BaseException as error:  # raised where the save is finished
-            save.error, save.full = error, error if isinstance(error, DiskFullError) else None
+            save.error = error
             for name in names:  # half a file must not keep the disk full for everybody else
                 with contextlib.suppress(OSError):
                     (save.staging / name).unlink()
@@ -195,8 +194,9 @@ class Saver:
             save.write_seconds += time.perf_counter() - began
 
 
-def _has_room(save: _Started) -> bool:
-    """Whether the disk may hold what it was too full for: not to fill it again every few seconds."""
+def _check_room(save: _Started) -> None:
+    """Raises OSError where the file system says that it cannot hold this rank's share: not to fill it for everybody."""
     found = os.statvfs(save.staging)
     needed = sum(tensor.nbytes for tensor in save.copied.tensors.values())
-    return not found.f_blocks or found.f_bfree * found.f_frsize >= needed
+    if found.f_blocks and found.f_bfree * found.f_frsize < needed:  # without blocks it does not say
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save.staging / save.copied.files[0]))

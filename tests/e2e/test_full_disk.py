@@ -103,7 +103,7 @@ def files_of_at_most(size: int) -> None:
 
 @pytest.mark.fault("disk full, over quota, read-only, EIO")
 def test_full_while_saving(four: Path, data: Path, calm: Path) -> None:
-    error = live(four, data, 8, before=partial(files_of_at_most, 60_000))
+    error = live(four, data, 8, before=partial(files_of_at_most, 100_000))
     assert "state-rank" in error and error.split(" (rank")[0].endswith("cannot be written: File too large")
     run = four / "runs" / "tiny"
     assert newest(run) == 4 and (run / "latest").read_text() == "step-00000004\n"
@@ -241,12 +241,20 @@ def test_a_small_disk_that_is_full(data: Path, calm: Path, tmp_path: Path, mount
     mount(tmp_path / "runs", "-t", "tmpfs", "-o", "size=2m", "none")
     live(tmp_path, data, 4)
     ballast = tmp_path / "runs" / "ballast"
-    free = os.statvfs(tmp_path / "runs")
-    ballast.write_bytes(b"x" * (free.f_bavail * free.f_frsize - 100_000))
+
+    def fill() -> None:
+        """Leaves room for the board of a life, not for a checkpoint."""
+        ballast.unlink(missing_ok=True)
+        free = os.statvfs(tmp_path / "runs")
+        ballast.write_bytes(b"x" * (free.f_bavail * free.f_frsize - 150_000))
+
+    fill()
     assert live(tmp_path, data, 8).split(" (rank")[0].endswith("cannot be written: No space left on device")
+    fill()
     life = begin(tmp_path, data, 8, "train.disk_patience=1")  # seconds: it gives up in the end
     assert "No space left on device" in paused(life)
     assert life.wait() == [6, 6] and life.printed().count("\nerror: ") == 1, life.printed()
+    fill()
     life = begin(tmp_path, data, 8, WAITING)
     assert "No space left on device" in paused(life)
     ballast.unlink()

@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,21 @@ def test_full_once_at_every_operation(tmp_path: Path, monkeypatch: pytest.Monkey
             assert saver.store.pointer() == commit.name
             saver.store.recover()
             assert tidy(run)
+
+
+def test_a_disk_without_room_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, _ = begun(tmp_path, Script(0, Killed()))
+    told = SimpleNamespace(f_blocks=10, f_bfree=0, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: told)
+    monkeypatch.setattr(state, "save_file", lambda *_: pytest.fail("nothing may be written"))
+    saver.start(2, {})
+    with pytest.raises(DiskFullError, match=r"state-rank0.safetensors` cannot be written: No space left on device"):
+        saver.finish()
+    monkeypatch.undo()
+    told.f_blocks = 0  # a file system that does not know
+    monkeypatch.setattr(os, "statvfs", lambda path: told)
+    saver.start(2, {})
+    assert saver.finish() is not None and tidy(tmp_path)
 
 
 def test_memory_is_used_again(tmp_path: Path) -> None:
