@@ -11,15 +11,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-
-from tests.pretrain.runs import ROOT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "unshare")
 PATIENCE = 240.0  # seconds after which something is stuck, on a busy machine too
@@ -67,7 +64,7 @@ class Slurm:
         self.root, self.nodes = root, [f"n{number}" for number in range(1, nodes + 1)]
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
         self.environment |= {"SLURM_CONF": str(root / "slurm.conf"), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        self.environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+        self.environment.pop("PYTHONPATH", None)  # a job brings its own code
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         port, *ports = _free_ports(1 + nodes)
         # Ports of the ranks follow from the number of the job: another session on this machine has other ones.
@@ -202,7 +199,3 @@ def _free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
-
-
-def python(*words: object) -> list[str]:
-    return [sys.executable, "-m", *map(str, words)]
