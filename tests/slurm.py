@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "unshare")
-PATIENCE = 240.0  # seconds after which something is stuck, on a busy machine too
+PATIENCE = 400.0  # seconds after which something is stuck, on a busy machine too
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 CONF = """
 ClusterName=parlance

@@ -18,9 +18,10 @@ from pretrain.runs import read_events
 from tests.pretrain.runs import ROOT, make_data, scalars, write_config
 from tests.slurm import Slurm, private_slurm
 
-STEPS = 400
+pytestmark = pytest.mark.timeout(3600)  # on a busy machine
+STEPS = 100
 TWO_NODES = ("--nodes", "2", "--gpus-per-node", "0", "--time", "30", "--signal-seconds", "60")
-LONG = (f"train.steps={STEPS}", "train.save_every=10", "train.validate_every=0", "train.sample_every=0")
+LONG = (f"train.steps={STEPS}", "train.save_every=5", "train.validate_every=0", "train.sample_every=0")
 SECRETS = (
     "HF_TOKEN",
     "WANDB_API_KEY",
@@ -114,6 +115,10 @@ def test_a_signalled_job_requeues_itself_once(
 
     job = submitted.submit(**planted)
     submitted.wait_for_save()
+    living = ranks(submitted.run)
+    assert set(living) == {0, 1}
+    for process in living.values():
+        process.suspend()  # so that the run is not over before the second job is there
     second = submitted.submit()
     refused = slurm.wait_for(second)
     assert (refused["JobState"], refused["ExitCode"], refused["Restarts"]) == ("FAILED", "5:0", "0")
@@ -121,6 +126,8 @@ def test_a_signalled_job_requeues_itself_once(
     assert "must be used by one job at a time, is in use by host n1 pid" in told and f"job {job}" in told
 
     assert slurm.call("scancel", "--batch", "--signal=USR1", job).returncode == 0
+    for process in living.values():
+        process.resume()
     submitted.finished(job, restarts=1)
     assert Counter(event["event"] for event in events(submitted.run) if event["event"] != "save") == {
         "start": 1,
