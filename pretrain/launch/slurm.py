@@ -102,9 +102,9 @@ def write_job(
             raise UsageError(f"configuration and overrides must be printable text, got {word!r:.80}")
     base = load(given.overrides)
     runs = {element: load([*given.overrides, *element.overrides]) for element in _elements(given, base.name)}
-    code = snapshot.code() | files
+    code = {**snapshot.code(), **files}
     configs = {run.name: run.text.encode() for run in runs.values()}
-    copy = snapshot.fingerprint(code | configs)
+    copy = snapshot.fingerprint({**code, **configs})
     script = _script(program, given, [element.number for element in runs], base, copy, files)
     try:
         for run in runs.values():

@@ -100,7 +100,7 @@ def test_a_lock_is_never_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         "",
         f"host {HERE} pid 4194305",  # beyond any pid
-        f"host {HERE} pid {os.getpid()}",  # what a container that was started again finds
+        f"host {HERE} pid MINE",  # what a container that was started again finds
         "host gone pid 7 job 41",
         "host gone pid 7 job 40",
     ],
@@ -108,7 +108,7 @@ def test_a_lock_is_never_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_without_locks_a_stale_text_is_recovered(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_locks: None
 ) -> None:
-    (tmp_path / "lock").write_text(text)
+    (tmp_path / "lock").write_text(text.replace("MINE", str(os.getpid())))
     job_of(monkeypatch, "41", running=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
