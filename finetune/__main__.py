@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line.run(
         "finetune",
         "Tune a hand-off bundle for a task, write texts with it, score them.",
-        (_begin, _train, _generate, _score, _sweep_threshold, _stats, _report, _reproduce),
+        (_begin, _train, _slurm, _generate, _score, _sweep_threshold, _stats, _report, _reproduce),
         arguments,
     )
 
@@ -68,6 +68,27 @@ def _run_train(given: argparse.Namespace) -> None:
     from finetune.train import main as train
 
     train(given.config, given.overrides)
+
+
+def _slurm(commands: Commands) -> None:
+    from pretrain.launch import slurm
+
+    parser = commands.add_parser("slurm", help="print a Slurm job that tunes, and copy the code for it: > job.sbatch")
+    slurm.add_arguments(parser)
+    parser.set_defaults(run=_run_slurm)
+
+
+def _run_slurm(given: argparse.Namespace) -> None:
+    from finetune import train
+    from finetune.config import TuneConfig, with_presets
+    from pretrain import config
+    from pretrain.launch.slurm import Checked, write_job
+
+    def load(overrides: Sequence[str]) -> Checked:
+        settings = train.complete_options(config.load(TuneConfig, given.config, with_presets(overrides)))
+        return Checked(settings.name, settings.run_dir, config.dump(settings), settings.workers)
+
+    write_job("finetune", given, load, {})
 
 
 def _generate(commands: Commands) -> None:

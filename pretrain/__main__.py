@@ -4,6 +4,7 @@ A command is one function that adds its arguments and names what to run; heavy i
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line.run(
         "pretrain",
         "Pre-train encoder-decoder language models that write in parallel.",
-        (_prepare, _plan, _train, _verify, _status, _doctor, _handoff, _import_bart, _export_bart),
+        (_prepare, _plan, _train, _slurm, _verify, _status, _doctor, _handoff, _import_bart, _export_bart),
         arguments,
     )
 
@@ -93,6 +94,28 @@ def _run_train(given: argparse.Namespace) -> None:
     from pretrain.train import main as train
 
     train(given.config, given.overrides, given.deepspeed_config)
+
+
+def _slurm(commands: Commands) -> None:
+    from pretrain.launch import slurm
+
+    parser = commands.add_parser("slurm", help="print a Slurm job that trains, and copy the code for it: > job.sbatch")
+    slurm.add_arguments(parser)
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="as for train")
+    parser.set_defaults(run=_run_slurm)
+
+
+def _run_slurm(given: argparse.Namespace) -> None:
+    from pretrain import config, train
+    from pretrain.launch.slurm import Checked, write_job
+    from pretrain.parsing import read_json
+
+    def load(overrides: Sequence[str]) -> Checked:
+        settings = train.complete_options(config.load(config.RunConfig, given.config, overrides))
+        return Checked(settings.name, settings.run_dir, config.dump(settings), settings.data.workers)
+
+    user = read_json(given.deepspeed_config) if given.deepspeed_config else None
+    write_job("pretrain", given, load, {} if user is None else {"deepspeed_config": json.dumps(user).encode()})
 
 
 def _verify(commands: Commands) -> None:

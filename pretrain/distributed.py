@@ -1,6 +1,6 @@
 """The process group and the few things ranks tell each other outside the engine.
 
-Works under the `deepspeed` launcher, under torchrun and under plain `python` (a world of one that opens no port).
+Works under the `deepspeed` launcher, torchrun, Slurm's `srun` and plain `python` (a world of one that opens no port).
 Every function is collective: each rank calls it, in the same order. Without a process group they act as a world of one.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from pretrain import errors
+from pretrain import errors, slurm
 from pretrain.errors import ConfigError, ParlanceError
 
 ErrorT = TypeVar("ErrorT", bound=ParlanceError)
@@ -33,16 +33,17 @@ class World:
 
 
 def init(device: str = "auto") -> World:
-    """Joins the ranks that the launcher started, or sets up a world of one.
+    """Joins the ranks that the launcher or `srun` started, or sets up a world of one.
 
     Args:
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
 
     Raises:
-        ConfigError: `cuda` without a CUDA device, or fewer devices than local ranks.
+        ConfigError: `cuda` without a CUDA device, fewer devices than local ranks, or Slurm's variables are damaged.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"`device` must be auto, cpu or cuda, got {device!r}")
+    os.environ.update(slurm.rank_variables(os.environ))
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank = int(os.environ["RANK"]) if launched else 0
     size = int(os.environ["WORLD_SIZE"]) if launched else 1

@@ -1,6 +1,7 @@
 """One life of a run, of pre-training or of tuning: its folder, what it prints, its periodic work, and how it ends."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import BaseModel
 
-from pretrain import config, distributed, rng, runs
+from pretrain import config, distributed, rng, runs, slurm
 from pretrain.checkpoints import checkpoint
 from pretrain.checkpoints.checkpoint import read_progress
 from pretrain.checkpoints.commit import Store, disk_errors
@@ -138,8 +139,9 @@ class Run:
         watch = f"watch: tensorboard --logdir {self.folder / runs.BOARD}"
         print(text.rstrip(), *repaired, *self.notes, *derived, watch, sep="\n", file=sys.stderr, flush=True)
         runs.write_text(self.folder / runs.CONFIG, text)
-        runs.write_json(self.folder / runs.ENVIRONMENT, self.environment)
-        self.events.add("resume" if step else "start", step, repaired=repaired, changed=changed, **self.environment)
+        environment = {**self.environment, **slurm.describe(os.environ)}
+        runs.write_json(self.folder / runs.ENVIRONMENT, environment)
+        self.events.add("resume" if step else "start", step, repaired=repaired, changed=changed, **environment)
         peak = device_peak(self.world.device, self.settings.engine.precision)
         everywhere = peak.flops * self.world.size
         print(f"mfu: of {short(everywhere)}FLOP/s on all ranks ({peak.source})", file=sys.stderr, flush=True)

@@ -84,9 +84,9 @@ def read_weights(commit: Path) -> dict[str, Tensor]:
 
 
 def read_environment(run: Path) -> dict[str, Any]:
-    """env.json of the run; empty where it is missing or broken, which costs only provenance."""
+    """env.json of the run, without the names of its nodes; empty where it is missing or broken: no more than a pity."""
     try:
-        return read_json(run / ENVIRONMENT)
+        return {key: value for key, value in read_json(run / ENVIRONMENT).items() if key != "slurm"}
     except CheckpointError:
         return {}
 

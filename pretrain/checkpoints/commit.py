@@ -15,16 +15,14 @@ never followed: a run directory may come from anyone.
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import re
-import socket
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from pretrain.checkpoints.holder import myself, take
 from pretrain.checkpoints.seal import (
     MANIFEST,
     Described,
@@ -34,15 +32,7 @@ from pretrain.checkpoints.seal import (
     number,
     verify,
 )
-from pretrain.errors import (
-    DISK_ERRNOS,
-    FULL_ERRNOS,
-    NO_LOCK_ERRNOS,
-    CheckpointError,
-    DiskError,
-    DiskFullError,
-    ParlanceError,
-)
+from pretrain.errors import DISK_ERRNOS, FULL_ERRNOS, CheckpointError, DiskError, DiskFullError, ParlanceError
 from pretrain.plain import open_plain
 
 _COMMIT = re.compile(r"step-(\d{8,})")
@@ -202,28 +192,20 @@ class Store:
             self._hook("create", self.run_dir / "lock")
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             file = os.fdopen(os.open(self.run_dir / "lock", flags, 0o666), "r+", encoding="utf-8", errors="replace")
-        try:
-            # A POSIX record lock: the kernel drops it when the process dies, on this host and over NFS, and
-            # forked data workers do not inherit it. No pid has to be guessed alive.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in NO_LOCK_ERRNOS:
-                holder = file.read(200).strip() or "another process"
-                file.close()
-                raise CheckpointError(
-                    f"`{self.run_dir}` must be used by one job at a time, is in use by {holder}"
-                ) from None
-            warnings.warn(f"`{self.run_dir}` is on a file system without locks: never start two jobs", stacklevel=2)
+        take(file, self.run_dir)
         with disk_errors(self.run_dir / "lock"):
             self._hook("write", self.run_dir / "lock")
-            file.truncate(0)
-            file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+            file.seek(0)
+            file.truncate()
+            file.write(f"{myself()}\n")
             file.flush()
         self._lock = file
 
     def unlock(self) -> None:
         """Gives the run directory back."""
         if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._lock.truncate(0)  # where there are no locks, the next one reads it
             self._lock.close()
             self._lock = None
 
