@@ -194,9 +194,10 @@ def _arriving(exported: Mapping[str, Export]) -> str:
 
 
 def _show(lines: Sequence[Check], verdict: str) -> None:
-    """Prints the lines and raises for the first FAIL."""
+    """Prints the lines and raises for the first FAIL. What hosts and files told must not move the cursor."""
     for line in lines:
-        print(f"{line.level:4}  {line.name:12} {line.text}", flush=True)
+        text = f"{line.level:4}  {line.name:12} {line.text}"
+        print("".join(character if character.isprintable() else "?" for character in text), flush=True)
     failed = [line for line in lines if line.level == "FAIL"]
     if failed:
         names = ", ".join(dict.fromkeys(line.name for line in failed))

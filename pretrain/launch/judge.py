@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.errors import DISK_ERRNOS, DataError, DiskError, ParlanceError
+from pretrain.errors import DISK_ERRNOS, ConfigError, DataError, DiskError
 from pretrain.launch.hostfile import Host
 from pretrain.launch.needs import Needs
 from pretrain.report.findings import Check, shown_bytes
@@ -78,16 +78,14 @@ def judge_folder(
     """Whether all write into one folder. seen: what each sees, of `names`, where the first one wrote."""
     for host, folder, answer in zip(hosts, folders, wrote, strict=True):
         if "error" in answer:
-            kind: type[ParlanceError] = DiskError if answer.get("errno") in DISK_ERRNOS else ParlanceError
-            error = DiskError if kind is DiskError else Check.error
+            error = DiskError if answer.get("errno") in DISK_ERRNOS else ConfigError
             yield Check("FAIL", host.name, f"`{folder}` cannot be written: {answer['error']}", error)
     written = {name for name, answer in zip(names, wrote, strict=True) if "error" not in answer}
-    for host, name, answer in zip(hosts, names, seen, strict=True):
-        missing = written - set(answer.get("seen", ()))
-        if "error" in answer or name in missing or names[0] in missing:
-            text = (
-                f"`{folders[0]}` must be one folder for all hosts, {host.name} and {hosts[0].name} see different ones"
-            )
+    by_first = set(seen[0].get("seen", ()))
+    for host, name, answer in zip(hosts[1:], names[1:], seen[1:], strict=True):
+        unseen = written & ({name} - by_first | {names[0]} - set(answer.get("seen", ())))
+        if unseen:
+            text = f"`{folders[0]}` must be one folder for all, {host.name} and {hosts[0].name} see different ones"
             yield Check("FAIL", host.name, f"{text}: put `runs` on a shared file system")
 
 

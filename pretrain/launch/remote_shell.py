@@ -49,7 +49,7 @@ def exports(
     given = [Export("PYTHONPATH", ":".join([str(folder), *_given(variables, "PYTHONPATH")]), "deepspeed")]
     prefixes = (*PREFIXES, ON_CUDA) if cuda else PREFIXES
     given += [
-        Export(name, variables[name], "this shell")
+        Export(name, variables[name].strip(), "this shell")
         for name in sorted(variables)
         if name.startswith(prefixes) and name != "PYTHONPATH"
     ]
@@ -60,7 +60,9 @@ def exports(
             found, wrong = read_environment(path)
             given, problems = [*given, *found], [*problems, *wrong]
     for one in given:
-        if problem := _name_problem(one.name) or _value_problem(one.value):
+        if problem := _name_problem(one.name):
+            problems.append(_fail("environment", f"({one.source}) {problem}"))
+        elif problem := _value_problem(one.value):
             problems.append(_fail(one.name, f"({one.source}) {problem}"))
     return {one.name: one for one in given}, problems
 

@@ -42,8 +42,8 @@ while :; do sleep 3600 & wait $!; done
 """
 SSH = "Host *\n IdentityFile {folder}/id\n IdentitiesOnly yes\n StrictHostKeyChecking no\n" \
     " UserKnownHostsFile /dev/null\n LogLevel ERROR\n"  # fmt: skip
-SSHD = "Port 22\nHostKey {folder}/hostkey\nPidFile none\nUsePAM no\nStrictModes no\nPermitRootLogin prohibit-password\n" \
-    "PasswordAuthentication no\nAuthorizedKeysFile {folder}/id.pub\nMaxStartups 100:30:200\n"  # fmt: skip
+SSHD = "Port 22\nHostKey {folder}/hostkey\nPidFile none\nUsePAM no\nStrictModes no\nPasswordAuthentication no\n" \
+    "PermitRootLogin prohibit-password\nAuthorizedKeysFile {folder}/id.pub\nMaxStartups 100:30:200\n"  # fmt: skip
 
 
 def skip_where_impossible() -> None:
@@ -102,7 +102,7 @@ class Hosts:
 
     def _start(self) -> None:
         self._switch = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
-        mine = os.readlink("/proc/self/ns/net")
+        mine = _namespace("self")
         _until(lambda: _namespace(self._switch.pid) not in (None, mine), "the network of the switch")
         inside = ["nsenter", "-t", self._switch.pid, "-n", "ip", "link"]
         _run(*inside, "add", "br0", "type", "bridge")
@@ -123,9 +123,7 @@ class Hosts:
     def _boot(self, name: str) -> "subprocess.Popen[bytes]":
         given = " ".join(f"{key}={value}" for key, value in self.variables.get(name, {}).items())
         options = shlex.join(["-o", f"SetEnv={given}"]) if given else ""
-        text = INIT.format(
-            folder=self.folder, name=name, mounts="\n".join(self.mounts.get(name, ())), options=options
-        )
+        text = INIT.format(folder=self.folder, name=name, mounts="\n".join(self.mounts.get(name, ())), options=options)
         script = self.folder / f"init.{name}.sh"
         script.write_text(text)
         with (self.folder / f"init.{name}.log").open("wb") as log:
@@ -159,10 +157,12 @@ class Hosts:
         return [*enter, *map(str, words)]
 
 
-def sshd_environment() -> dict[str, str]:
-    """What a login shell of a user would have who works on the first host: this Python's programs in PATH."""
+def login(home: Path) -> dict[str, str]:
+    """The variables of somebody who works on the first host; this Python's programs come first in PATH."""
     beside = Path(sys.executable).parent
     return {
+        "HOME": str(home),
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         "PATH": f"{beside}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "LANG": "C.UTF-8",
         "OMP_NUM_THREADS": "1",
@@ -170,9 +170,9 @@ def sshd_environment() -> dict[str, str]:
     }
 
 
-def _namespace(process: int) -> str | None:
+def _namespace(process: int | str) -> str | None:
     with suppress(OSError):
-        return os.readlink(f"/proc/{process}/ns/net")
+        return str(Path(f"/proc/{process}/ns/net").readlink())
     return None
 
 
