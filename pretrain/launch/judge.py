@@ -12,7 +12,7 @@ from pretrain.report.findings import Check, shown_bytes
 Answer = Mapping[str, Any]
 MOST_SECONDS_APART = 2.0  # of clocks; NTP keeps them within milliseconds
 # Whose login shells do not know `export`, with which deepspeed's command line begins.
-OTHER_SHELLS = ("csh", "tcsh", "fish", "nologin", "false")
+OTHER_SHELLS = ("csh", "tcsh")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def judge_hosts(asked: Sequence[Asked], here: Answer, needs: Needs, exports: Map
         yield from _network(one, len(asked), gpus, exports)
 
 
-def judge_port(hosts: Sequence[Host], address: str, port: int, listening: Answer, heard: Sequence[Answer], word: str) \
-        -> Iterator[Check]:  # fmt: skip
+def judge_port(
+    hosts: Sequence[Host], address: str, port: int, listening: Answer, heard: Sequence[Answer], word: str
+) -> Iterator[Check]:
     """Whether rank 0 can wait there, and whether those on the other hosts find it. heard: of all but the first."""
     first, *others = hosts
     if "error" in listening:

@@ -24,6 +24,8 @@ OVERWRITTEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", 
 EXPECTED = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE")
 EXPECTED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_")
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY($|_)|API_?KEY", re.IGNORECASE)
+PDSH_PATH = "DSHPATH"  # becomes PATH on the hosts
+BARE_ALONE = "must be of letters, digits and `_@+=:,./-` alone"
 SPECIAL = "$`\\"  # of a shell, inside double quotes
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _BARE = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
@@ -64,6 +66,10 @@ def exports(
             problems.append(_fail("environment", f"({one.source}) {problem}"))
         elif problem := _value_problem(one.value):
             problems.append(_fail(one.name, f"({one.source}) {problem}"))
+    if (path := variables.get(PDSH_PATH)) and (not _BARE.fullmatch(path) or _PDSH.search(path)):
+        problems.append(
+            _fail(PDSH_PATH, f"{BARE_ALONE}, because pdsh puts it unquoted before the command of the hosts")
+        )
     return {one.name: one for one in given}, problems
 
 
@@ -113,7 +119,7 @@ def check_words(python: str, folder: Path, words: Sequence[str]) -> list[Check]:
     found = []
     for what, text in (("python", python), ("folder", str(folder))):
         if not _BARE.fullmatch(text) or _PDSH.search(text):
-            must = "must be of letters, digits and `_@+=:,./-` alone, because deepspeed does not quote it for the hosts"
+            must = f"{BARE_ALONE}, because deepspeed does not quote it for the hosts"
             found.append(_fail(what, f"{must}; it is {text!r:.200}"))
     found += [_fail("command", f"{text!r:.200} {problem}") for text in words if (problem := _word_problem(text))]
     return found

@@ -21,11 +21,11 @@ class Cluster:
         self.home.mkdir()
         (self.home / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
 
-    def start(self, hosts: Hosts, *words: Any, log: Path | None = None) -> "subprocess.Popen[str]":
+    def start(self, hosts: Hosts, *words: Any, folder: Path = ROOT, log: Path | None = None) -> "subprocess.Popen[str]":
         """Starts `words` on the first host, in the checkout, as a user who has logged in there."""
         out = log.open("a") if log else subprocess.PIPE
-        command = hosts.command(hosts.names[0], *words)
-        return subprocess.Popen(command, cwd=ROOT, env=login(self.home), stdout=out, stderr=out, text=True)
+        command = hosts.command(hosts.names[0], folder, *words)
+        return subprocess.Popen(command, env=login(self.home), stdout=out, stderr=out, text=True)
 
     def check(self, hosts: Hosts, *words: Any) -> tuple[int, str]:
         """Exit code of `launch-check` and what it printed."""

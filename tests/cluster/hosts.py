@@ -151,9 +151,9 @@ class Hosts:
             outer.kill()
         outer.wait()
 
-    def command(self, name: str, *words: Any) -> list[str]:
-        """What runs `words` on a host, in this folder."""
-        enter = ["nsenter", "-t", str(self._first[name]), "-n", "-u", "-m", "-p", f"--wd={Path.cwd()}"]
+    def command(self, name: str, folder: Path, *words: Any) -> list[str]:
+        """What runs `words` on a host, in `folder`."""
+        enter = ["nsenter", "-t", str(self._first[name]), "-n", "-u", "-m", "-p", f"--wd={folder}"]
         return [*enter, *map(str, words)]
 
 

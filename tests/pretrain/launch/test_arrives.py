@@ -110,6 +110,24 @@ def test_through_pdsh_itself(recorder: Path, tmp_path: Path) -> None:
         assert got == {name: value.strip() for name, value in values.items()}
 
 
+def test_the_slurm_launcher_starts_the_folder_of_the_program() -> None:
+    from deepspeed.launcher.multinode_runner import SlurmRunner
+
+    given = SimpleNamespace(
+        user_args=["train", "a.yaml"], user_script="pretrain", launcher_args="", include="", exclude="", num_nodes=-1,
+        num_gpus=-1, module=True,
+    )  # fmt: skip
+    made = SlurmRunner(given, "e30=", {"n1": 2, "n2": 2})
+    made.add_export("PYTHONPATH", str(ROOT))
+    words = made.get_cmd({}, {"n1": [0, 1], "n2": [0, 1]})
+    start = ["srun", "-n", "4", f"--export=ALL,PYTHONPATH={ROOT}", sys.executable, "-u", "pretrain", "train", "a.yaml"]
+    assert words == start, "the word --module is lost"
+    done = subprocess.run(
+        [*words[4:7], "--help"], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "launch-check" in done.stdout, done.stderr
+
+
 def test_what_deepspeed_exports_is_what_we_say() -> None:
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
     from deepspeed.launcher import runner as theirs

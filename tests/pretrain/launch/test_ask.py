@@ -127,7 +127,9 @@ def test_the_whole_of_it_on_one_host(
     hostfile.write_text("down slots=1\nfine slots=1\n")
     assert main(words) == 3
     told = capsys.readouterr().out
-    assert "FAIL  down         not reachable" in told and "down      0" in told.replace("down  ", "down  ")
+    rows = {line.split()[0]: line.split()[1:] for line in told.splitlines()[3:5]}
+    assert rows["down"][0] == "0" and rows["down"][-5:] == ["?"] * 5 and rows["fine"][0] == "1"
+    assert "FAIL  down         not reachable: ssh: connect to host down port 22: No route to host" in told
     shutil.rmtree(ssh)
     monkeypatch.setenv("PATH", "")
     assert main(words) == 3

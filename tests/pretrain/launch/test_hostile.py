@@ -246,6 +246,13 @@ def test_a_value(kind: str, where: str, trap: Trap, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.fault(ROW)
+@pytest.mark.parametrize("value", ["/bin; touch {canary}", "$(touch {canary})", "/a b", "/%n"])
+def test_the_path_that_pdsh_sets(value: str, trap: Trap, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSHPATH", value.format(canary=trap.canary))
+    assert "FAIL  DSHPATH      must be of letters, digits" in trap.refused()
+
+
+@pytest.mark.fault(ROW)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_name_of_a_variable(name: str, trap: Trap, monkeypatch: pytest.MonkeyPatch) -> None:
     name = name.replace("{canary}", str(trap.canary))
