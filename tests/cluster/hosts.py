@@ -121,8 +121,9 @@ class Hosts:
             _until((self.folder / f"ready.{name}").exists, f"sshd of {name}: {self.log(name)}")
 
     def _boot(self, name: str) -> "subprocess.Popen[bytes]":
-        given = " ".join(f"{key}={value}" for key, value in self.variables.get(name, {}).items())
-        options = shlex.join(["-o", f"SetEnv={given}"]) if given else ""
+        # At a deeper level bash does not take itself for started by sshd, and leaves this machine's ~/.bashrc alone.
+        given = {"SHLVL": "1", **self.variables.get(name, {})}
+        options = shlex.join(["-o", f"SetEnv={' '.join(f'{key}={value}' for key, value in given.items())}"])
         text = INIT.format(folder=self.folder, name=name, mounts="\n".join(self.mounts.get(name, ())), options=options)
         script = self.folder / f"init.{name}.sh"
         script.write_text(text)
