@@ -18,7 +18,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line.run(
         "pretrain",
         "Pre-train encoder-decoder language models that write in parallel.",
-        (_prepare, _plan, _train, _slurm, _verify, _status, _doctor, _handoff, _import_bart, _export_bart),
+        (
+            _prepare,
+            _plan,
+            _train,
+            _launch_check,
+            _slurm,
+            _verify,
+            _status,
+            _doctor,
+            _handoff,
+            _import_bart,
+            _export_bart,
+        ),  # fmt: skip
         arguments,
     )
 
@@ -116,6 +128,24 @@ def _run_slurm(given: argparse.Namespace) -> None:
 
     user = read_json(given.deepspeed_config) if given.deepspeed_config else None
     write_job("pretrain", given, load, {} if user is None else {"deepspeed_config": json.dumps(user).encode()})
+
+
+def _launch_check(commands: Commands) -> None:
+    parser = commands.add_parser("launch-check", help="can deepspeed start training on these hosts; starts nothing")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    parser.add_argument("--hostfile", required=True, metavar="FILE", help="`HOST slots=N` lines, as for deepspeed")
+    parser.add_argument("--master_port", type=_positive, default=29500, metavar="N", help="as for deepspeed")
+    parser.add_argument("--master_addr", metavar="ADDRESS", help="of the first host, as for deepspeed")
+    parser.add_argument("--ssh_port", type=_positive, metavar="N", help="as for deepspeed")
+    parser.set_defaults(run=_run_launch_check)
+
+
+def _run_launch_check(given: argparse.Namespace) -> None:
+    from pretrain.launch.check import Rendezvous, launch_check
+
+    where = Rendezvous(given.master_addr, given.master_port, given.ssh_port)
+    launch_check(given.hostfile, given.config, given.overrides, where)
 
 
 def _verify(commands: Commands) -> None:

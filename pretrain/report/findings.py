@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pretrain.errors import CheckpointError, ParlanceError
+from pretrain.errors import CheckpointError, ConfigError, ParlanceError
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """A line of `doctor`. text: what was found and, unless it is `ok`, what to do."""
+    """A line of `doctor` and `launch-check`. text: what was found and, unless it is `ok`, what to do.
+
+    error: whose exit code a FAIL calls for.
+    """
 
     level: Literal["ok", "warn", "FAIL"]
     name: str
     text: str
+    error: type[ParlanceError] = ConfigError
 
 
 def good(text: str) -> Finding:
