@@ -15,24 +15,11 @@ from pretrain.command_line import Commands
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code that `pretrain.errors` documents."""
-    return command_line.run(
-        "pretrain",
-        "Pre-train encoder-decoder language models that write in parallel.",
-        (
-            _prepare,
-            _plan,
-            _train,
-            _launch_check,
-            _slurm,
-            _verify,
-            _status,
-            _doctor,
-            _handoff,
-            _import_bart,
-            _export_bart,
-        ),  # fmt: skip
-        arguments,
-    )
+    commands = (
+        _prepare, _plan, _train, _launch_check, _slurm, _verify, _status, _doctor, _handoff, _import_bart, _export_bart,
+    )  # fmt: skip
+    about = "Pre-train encoder-decoder language models that write in parallel."
+    return command_line.run("pretrain", about, commands, arguments)
 
 
 def _prepare(commands: Commands) -> None:
