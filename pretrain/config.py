@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pretrain.errors import ConfigError
 from pretrain.parsing import parse_scalar, read_yaml
@@ -133,6 +133,8 @@ class TrainConfig(Section):
     """Length of the run and the rhythm of everything periodic, in updates (0 = never).
 
     epochs: passes over the training data, in place of `steps`, which is 0 until the data tells how many those are.
+    on_nonfinite: after a loss or gradient that is not finite, or a spike: stop, skip the update's samples, or rewind to
+    the last checkpoint and leave them out. hang_seconds: a rank that stands still so long ends the job (0 = never).
     """
 
     steps: int = Field(1000, ge=0)
@@ -145,6 +147,17 @@ class TrainConfig(Section):
     save_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1, description="committed checkpoints kept")
     resume: Literal["auto", "never"] = "auto"
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    max_skips: int = Field(3, ge=1, description="skips in a row, or rewinds without a new checkpoint; then stop")
+    spike_factor: float = Field(0.0, ge=0.0, description="a spike is that many times the recent median; 0 = no spikes")
+    hang_seconds: float = Field(45.0, ge=0.0)
+
+    @field_validator("spike_factor")
+    @classmethod
+    def _spikes_are_higher(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError(f"must be 0 or more than 1, got {value}")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -18,6 +18,12 @@ from torch import distributed as dist
 from pretrain import errors
 from pretrain.errors import ConfigError, ParlanceError
 
+# NCCL then remembers its last collectives and writes them down when one does not end.
+FLIGHT_RECORDER = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
 ErrorT = TypeVar("ErrorT", bound=ParlanceError)
 MadeT = TypeVar("MadeT")
 
@@ -58,6 +64,8 @@ def init(device: str = "auto") -> World:
     if on_cuda:
         torch.cuda.set_device(place)
     if not dist.is_initialized():
+        for name, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
         backend = "nccl" if on_cuda else "gloo"
         if launched:
             dist.init_process_group(backend, init_method="env://")

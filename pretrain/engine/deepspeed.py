@@ -41,6 +41,7 @@ class DeepSpeedEngine(Engine):
         self.module, self.world = module, world
         self.loss_factor = float(world.size)  # gradients are averaged over ranks
         self._stage, self._clip = config.zero_stage, optim.clip
+        self.whole_gradients = self._stage < 3
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         # deepspeed makes its masters from weights it has rounded to 16 bits; they shall start unrounded
         exact = {} if config.precision == "fp32" else {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -74,6 +75,22 @@ class DeepSpeedEngine(Engine):
         applied = bool(self._engine.was_step_applied())
         norm = float(self._engine.get_global_grad_norm()) if applied else float("inf")
         return StepResult(norm, applied, self._loss_scale())
+
+    def drop(self) -> None:
+        if self._stage == 0:
+            self._engine.zero_grad()
+            return
+        # ZeRO drops by itself what is not finite, with all that it keeps of a gradient in half a dozen buffers.
+        scale = self.loss_scale_state()
+        parameter: Any = next(self.module.parameters())
+        if self._stage == 3:
+            size = parameter.partition_numel() * self.world.size
+            self._zero.set_fp32_grad_for_param(torch.full((size,), float("nan")), parameter)
+        else:
+            parameter.set_full_hp_grad(torch.full(parameter.shape, float("nan")))
+        assert not self.step(0.0).applied
+        if scale is not None:
+            self.restore_loss_scale(scale)
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         return self._gathered() if self._stage == 3 else nothing_to_gather()

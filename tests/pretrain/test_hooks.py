@@ -122,12 +122,12 @@ def test_saves_are_periodic_last_and_never_twice():
     assert written == [3, 6, 7]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_after_the_update_and_requeues(number):
     written = []
     before = signal.getsignal(number)
-    with Signals() as signals:
-        stop = StopOnSignal(signals, Save(100, lambda progress: written.append(progress.step)))
+    with Signals():
+        stop = StopOnSignal(Save(100, lambda progress: written.append(progress.step)))
         stop.after_step(report(1))
         os.kill(os.getpid(), number)
         assert written == []
@@ -138,9 +138,9 @@ def test_a_signal_saves_after_the_update_and_requeues(number):
 
 
 def test_a_signal_in_the_last_update_changes_nothing():
-    with Signals() as signals:
+    with Signals():
         os.kill(os.getpid(), signal.SIGTERM)
-        StopOnSignal(signals, Save(1, lambda progress: pytest.fail("saved"))).after_step(report(9, last=True))
+        StopOnSignal(Save(1, lambda progress: pytest.fail("saved"))).after_step(report(9, last=True))
 
 
 def test_skipped_updates_are_told():
