@@ -18,10 +18,11 @@ from torch import distributed as dist
 from pretrain import errors
 from pretrain.errors import ConfigError, ParlanceError
 
-# NCCL then remembers its last collectives and writes them down when one does not end.
+# NCCL then remembers its last collectives and writes them down when one does not end; the size has two names, of which
+# later versions warn of the first.
 FLIGHT_RECORDER = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_FR_BUFFER_SIZE" if torch.__version__ >= "2.13" else "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }
 ErrorT = TypeVar("ErrorT", bound=ParlanceError)

@@ -39,6 +39,11 @@ class Policy(Guard):
         if report.applied:
             self.recent.append(report.total)
 
+    def forget(self, report: StepReport) -> None:
+        """The last update will be told once more."""
+        if report.applied and self.recent:
+            self.recent.pop()
+
     def check(self, step: int, total: float) -> None:
         if not self.train.spike_factor or len(self.recent) < FEWEST:
             return

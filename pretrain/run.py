@@ -34,6 +34,7 @@ from pretrain.watch import cosine
 from pretrain.watch.console import Console, Meter, short
 from pretrain.watch.cosine import GradientCosine
 from pretrain.watch.exits import ExitRamps
+from pretrain.watch.slow import SlowRanks
 from pretrain.watch.tensorboard import TensorBoard
 
 Pictures = Callable[[], Mapping[str, np.ndarray]]
@@ -186,7 +187,9 @@ class Run:
         """From `progress` to the last update; first what is left to do after the update before, if it was cut short."""
         steps, rate = self.settings.train.steps, self.settings.optim
         if self.unfinished is not None:
-            hooks.after_step(replace(self.unfinished, last=self.unfinished.step == steps))
+            report, self.unfinished = self.unfinished, None
+            self.policy.forget(report)
+            hooks.after_step(replace(report, last=report.step == steps))
         windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
         with closing(windows):  # a generator: its end ends its workers
             read, facts = self._awaited(windows, signals), flops.facts(self.model)
@@ -212,7 +215,8 @@ class Run:
             hooks.append(GradientCosine(self.engine, self.stream.preview(PREVIEWS), train.cosine_every, self.board))
         if train.sample_every and "hard_exit" in self.engine.module.objective.modes:
             hooks.append(ExitRamps(self.engine, self.stream.preview(RAMP_SAMPLES), train.sample_every, self.board))
-        return [*hooks, *([texts] if texts else []), Skips(self._skipped), save, StopOnSignal(save)]
+        slow = SlowRanks(self.world, train.log_every, self._slow)
+        return [*hooks, *([texts] if texts else []), Skips(self._skipped), slow, save, StopOnSignal(save)]
 
     def after_step(self, report: StepReport) -> None:
         """A hook itself, the first: adds up what updates take, for the record of the next save; forgets old scores."""
@@ -309,6 +313,13 @@ class Run:
         if self.note:
             self.note(f"{message}; its samples are jumped over")
         self._record(event, self.last.step + 1, message=message, **details)
+
+    def _slow(self, step: int, rank: int, host: str, seconds: float, data: float, usual: float) -> None:
+        if self.note:
+            times = f"{seconds:.3g} s an update, {data:.3g} of them for data, the others {usual:.3g} s"
+            self.note(f"rank {rank} on {host} is slow: {times}")
+        times = {"seconds": round(seconds, 4), "data_seconds": round(data, 4), "others_seconds": round(usual, 4)}
+        self._record("slow", step, rank=rank, slow_host=host, **times)
 
     def _skipped(self, report: StepReport) -> None:
         self.skips += 1

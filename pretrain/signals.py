@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,6 +22,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ENOUGH = {signal.SIGTERM: 3, signal.SIGINT: 2}  # SIGUSR1 is Slurm's warning, which may come as often as it likes
 DOUBLED = 1.0  # seconds
 
+# Each tells other processes why this one ends, and returns whether it is this one that has to say it.
+last_words: list[Callable[[str], bool]] = []
 _open: list["Signals"] = []  # those that are entered, the innermost last
 
 
@@ -117,7 +119,10 @@ def _read(reader: int) -> NoReturn:
 
 
 def _end(why: str) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
+    speaks = os.environ.get("RANK", "0") == "0"
+    for say in last_words:
+        speaks = say(why)
+    if speaks:
         with suppress(OSError):
             os.write(2, f"error: {why}: run the same command again to continue\n".encode())
     os._exit(EXIT_REQUEUE)

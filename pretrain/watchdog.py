@@ -75,10 +75,14 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self.launchers = launchers()
+        if self.watched:
+            self.store = _connect()
         works = [self._look, self._speak] if self.watched else [self._look] if self.launchers else []
         self.threads = [threading.Thread(target=work, name="watchdog", daemon=True) for work in works]
         for thread in self.threads:
             thread.start()
+        if self.watched:
+            signals.last_words.append(self._farewell)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -86,6 +90,8 @@ class Watchdog:
         if self.watched and error is not None and not isinstance(error, ParlanceError) and _in_collective(at):
             self.done.wait(SILENT + 3 * BEAT)
         self.done.set()
+        if self.watched:
+            signals.last_words.remove(self._farewell)
         for thread in self.threads:
             thread.join(GRACE)
         if self.watched and not self.threads[1].is_alive():
@@ -124,8 +130,6 @@ class Watchdog:
         while not self.done.wait(BEAT):
             passed, last = min(time.monotonic() - last, 2 * BEAT), time.monotonic()
             try:
-                if not self.beats:
-                    self.store = _connect()
                 self.asking = True
                 self._round(passed)
                 self.asking, lost = False, 0.0
@@ -195,6 +199,21 @@ class Watchdog:
         first = self.store.compare_set(VERDICT, "", mine).decode() == mine
         told = text if first else json.loads(self.store.get(VERDICT))["text"]
         self._end(told, code, print_it=first)
+
+    def _farewell(self, text: str) -> bool:
+        """This rank ends by a signal, and the others with it; whether it was the first to say so."""
+        first: list[bool] = []
+        verdict = json.dumps({"text": text, "code": EXIT_REQUEUE, "by": self.world.rank})
+
+        def tell() -> None:
+            first.append(self.store.compare_set(VERDICT, "", verdict).decode() == verdict)
+
+        teller = threading.Thread(target=tell, daemon=True)  # the store may not answer any more
+        teller.start()
+        teller.join(GRACE)
+        if self.world.rank == 0:
+            time.sleep(2 * BEAT)  # the others read it here
+        return first == [True]
 
     def _end(self, text: str, code: int = EXIT_REQUEUE, print_it: bool = True) -> NoReturn:
         if print_it:
@@ -277,11 +296,9 @@ def _name(frame: FrameType) -> str:
 
 
 def _in_collective(at: TracebackType | None) -> bool:
-    while at is not None:
-        if any(part in at.tb_frame.f_code.co_filename for part in COLLECTIVE):
-            return True
+    while at is not None and at.tb_next is not None:
         at = at.tb_next
-    return False
+    return at is not None and any(part in at.tb_frame.f_code.co_filename for part in COLLECTIVE)
 
 
 def _runs(pid: int, but: Iterable[int | None] = ()) -> bool:

@@ -80,17 +80,23 @@ class DeepSpeedEngine(Engine):
         if self._stage == 0:
             self._engine.zero_grad()
             return
-        # ZeRO drops by itself what is not finite, with all that it keeps of a gradient in half a dozen buffers.
+        # ZeRO drops by itself what is not finite, with all that it keeps of a gradient in half a dozen buffers. Not
+        # every optimizer asks the other ranks whether theirs was: each must see one that is not.
         scale = self.loss_scale_state()
-        parameter: Any = next(self.module.parameters())
-        if self._stage == 3:
-            size = parameter.partition_numel() * self.world.size
-            self._zero.set_fp32_grad_for_param(torch.full((size,), float("nan")), parameter)
-        else:
-            parameter.set_full_hp_grad(torch.full(parameter.shape, float("nan")))
+        for parameter in self.module.parameters():
+            self._poison(parameter)
         assert not self.step(0.0).applied
         if scale is not None:
             self.restore_loss_scale(scale)
+
+    def _poison(self, parameter: Any) -> None:
+        if self._stage == 3:
+            size = parameter.partition_numel() * self.world.size
+            self._zero.set_fp32_grad_for_param(torch.full((size,), float("nan")), parameter)
+        elif parameter._hp_mapping is not None:  # deepspeed's own setter fails where ranks share a parameter
+            parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).fill_(float("nan"))
+            if hasattr(parameter, "_zero_optimizer"):
+                parameter._zero_optimizer.update_offload_overflow_tracker(torch.tensor(float("nan")))
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         return self._gathered() if self._stage == 3 else nothing_to_gather()
