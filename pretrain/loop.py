@@ -92,7 +92,7 @@ class StepReport:
 
     def to_json(self) -> str:
         """For `from_json`; a norm may be infinite."""
-        return json.dumps(asdict(self), default=dict)
+        return json.dumps({**vars(self), "progress": self.progress.to_json()}, default=dict)
 
     @classmethod
     def from_json(cls, text: Any) -> "StepReport":

@@ -68,9 +68,9 @@ class Watchdog:
         self.before = (world.rank - 1) % world.size
         self.host, self.main = socket.gethostname(), threading.main_thread().ident
         self.idle = self.silent = self.unanswered = 0.0
-        self.beats, self.asking, self.visible = 0, False, False
+        self.beats, self.asking, self.visible, self.leaving = 0, False, False, False
         self.heard: bytes | None = None
-        self.stack: tuple[Any, ...] = ()
+        self.stack: tuple[int, ...] = ()
         self.done, self.threads = threading.Event(), list[threading.Thread]()
 
     def __enter__(self) -> "Watchdog":
@@ -88,6 +88,7 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         # A collective fails where another rank has died: then the threads will say so, and end this one.
         if self.watched and error is not None and not isinstance(error, ParlanceError) and _in_collective(at):
+            self.leaving = True
             self.done.wait(SILENT + 3 * BEAT)
         self.done.set()
         if self.watched:
@@ -107,9 +108,7 @@ class Watchdog:
             if any(not _alive(launcher) for launcher in self.launchers):
                 self.launchers = []
                 os.kill(os.getpid(), signal.SIGUSR1)
-            frame = sys._current_frames().get(self.main or 0)
-            stack = (_sign, *((id(one.f_code), one.f_lasti) for one in _frames(frame)))
-            own = {thread.native_id for thread in self.threads}
+            stack, own = self._stack(), {thread.native_id for thread in self.threads}
             still = stack == self.stack and not _runs(os.getpid(), own)
             if still and self.idle > self.limit / 2:  # children are dear to find
                 still = not any(_runs(child.pid) for child in _children())
@@ -118,6 +117,11 @@ class Watchdog:
             if self.unanswered > SILENT:
                 where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
                 self._end(f"rank 0, or who else keeps the store at {where}, does not answer", print_it=self._second())
+
+    def _stack(self) -> tuple[int, ...]:
+        """Where the main thread stands; numbers alone, because a frame that is kept keeps its tensors."""
+        places = ((id(one.f_code), one.f_lasti) for one in _frames(sys._current_frames().get(self.main or 0)))
+        return (_sign, *(number for place in places for number in place))
 
     def _second(self) -> bool:
         return self.world.rank == 1
@@ -151,7 +155,7 @@ class Watchdog:
         elif signals.received():
             self.store.set(SIGNAL, "1")
         self._hear(found.get(str(self.before)), passed)
-        if self.idle >= self.limit:
+        if self.idle >= self.limit and not self.leaving:
             self._judge()
 
     def _hear(self, beat: bytes | None, passed: float) -> None:
@@ -167,7 +171,7 @@ class Watchdog:
         elif told["left"] is None and self.visible and process is None and self.silent >= BEAT:
             self._verdict(f"{who} (pid {pid}) is gone: killed, or out of memory")
         elif told["left"] is None and self.silent > SILENT:
-            stopped = process is not None and process.status() == psutil.STATUS_STOPPED
+            stopped = process is not None and _state(process) == psutil.STATUS_STOPPED
             what = "is stopped" if stopped else "tells nothing any more, it or its host was stopped or is gone"
             self._verdict(f"{who} (pid {pid}) {what}")
 
@@ -332,7 +336,11 @@ def _process(pid: int | None) -> psutil.Process | None:
 
 
 def _alive(process: psutil.Process) -> bool:
+    return process.is_running() and _state(process) not in (psutil.STATUS_ZOMBIE, "")
+
+
+def _state(process: psutil.Process) -> str:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+        return str(process.status())
+    except psutil.Error:  # it has ended
+        return ""

@@ -95,8 +95,8 @@ class DeepSpeedEngine(Engine):
             self._zero.set_fp32_grad_for_param(torch.full((size,), float("nan")), parameter)
         elif parameter._hp_mapping is not None:  # deepspeed's own setter fails where ranks share a parameter
             parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).fill_(float("nan"))
-            if hasattr(parameter, "_zero_optimizer"):
-                parameter._zero_optimizer.update_offload_overflow_tracker(torch.tensor(float("nan")))
+            if hasattr(self._zero, "update_offload_overflow_tracker"):  # gradients on the host are not looked at again
+                self._zero.update_offload_overflow_tracker(torch.tensor(float("nan")))
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         return self._gathered() if self._stage == 3 else nothing_to_gather()

@@ -145,6 +145,7 @@ def endless(name: str) -> None:
     owner = pydoc.locate(name.rpartition(".")[0])
 
     def wait(*_: Any, **__: Any) -> None:
+        print("it has begun", flush=True)
         while True:
             time.sleep(0.05)
 
@@ -169,7 +170,7 @@ def test_who_insists_is_obeyed_at_once(number: signal.Signals, count: int, data:
     stuck = partial(endless, "pretrain.engine.local.LocalEngine.evaluate")
     given = ("train", made["signalled"], "train.save_every=2")
     life = Forked(tmp_path / "log", *given, before=stuck, ranks=1)
-    begun(life.printed, "step 3/")
+    begun(life.printed, "it has begun")
     for _ in range(count):
         assert life.alive()
         os.kill(int(life.ranks[0].pid or 0), number)

@@ -18,10 +18,8 @@ from pretrain.objectives.janus import Janus
 from pretrain.runs import read_events
 from tests.distributed_helper import run_ranks
 from tests.pretrain.runs import make_data, training_curve, write_config
-from tests.pretrain.test_engine import CASES
 from tests.pretrain.test_loop import Cut, Recorder, cut, engine_of
 from tests.pretrain.toy_engine import toy_engine, toy_window
-
 
 
 def policy(**changes):
@@ -34,7 +32,12 @@ def windows(*points):
     return (Cut(7 * index, 7, cut([x], [y], [1])) for index, (x, y) in enumerate(points))
 
 
-DROPPING = [*CASES, *(("deepspeed", stage, "fp32", "optimizer") for stage in (1, 2, 3))]
+# Each kind of gradient that an engine keeps.
+DROPPING = [
+    ("local", 0, "bf16"), ("deepspeed", 0, "fp32"), ("deepspeed", 1, "fp32"), ("deepspeed", 1, "bf16"),
+    ("deepspeed", 2, "bf16"), ("deepspeed", 3, "fp32"),
+    ("deepspeed", 2, "fp32", "optimizer"), ("deepspeed", 3, "fp32", "optimizer"),
+]  # fmt: skip
 GOOD = [(0.5, 1.0), (2.0, 0.3), (1.5, -1.0), (3.0, 1.0)]
 
 
@@ -108,7 +111,7 @@ def drops(world):
 
 @pytest.fixture(scope="module")
 def dropped():
-    return run_ranks(drops, 2)[0]
+    return run_ranks(drops, 2, timeout=500.0)[0]
 
 
 @pytest.mark.parametrize("case", DROPPING, ids=str)
@@ -290,3 +293,24 @@ def test_weights_and_moments_that_are_not_finite_are_healed_by_going_back(what, 
     events = read_events(tmp_path / "runs" / "rewind")
     assert "rewind" in [event["event"] for event in events]
     assert (tmp_path / "runs" / "stop" / "latest").read_text().strip() == "step-00000003"
+
+
+def test_a_damaged_checkpoint_and_the_one_in_its_place_are_both_named(data, tmp_path, capsys):
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    assert main(["train", str(config)]) == 0
+    whole = final(run, 6)
+    damaged = run / "checkpoints" / "step-00000006" / "state-rank0.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    assert main(["train", str(config)]) == 0
+    said = capsys.readouterr().err
+    told = ["step-00000006 is damaged and not used: state-rank0.safetensors: sha256", "latest now names step-00000003"]
+    assert all(line in said for line in (*told, "continuing at step 3: 3 of 6 updates to do"))
+    resumed = [event for event in read_events(run) if event["event"] == "resume"][-1]
+    assert (
+        resumed["step"] == 3
+        and [line.startswith(told[at]) for at, line in enumerate(resumed["repaired"])] == [True] * 2
+    )
+    assert final(run, 6) == whole
