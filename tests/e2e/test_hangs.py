@@ -75,6 +75,25 @@ def test_a_rank_that_is_killed_is_named(rank: int, data: Path, tmp_path: Path) -
     assert told(life, run).startswith(named if rank else "rank 0, or who else keeps the store"), life.printed()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.fault("kill of one rank", trials=25)
+def test_kills_of_one_rank_at_any_moment(rank: int, data: Path, tmp_path: Path) -> None:
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    for _ in range(25):
+        kept = newest(run)
+        life = Forked(tmp_path / "log", "train", config, *LONG, "train.save_every=2")
+        reach(life, run, kept + 2)
+        time.sleep(random.uniform(0.0, 1.0))
+        life.kill([rank])
+        assert ends(life, rank) < MINUTE
+        assert newest(run) >= kept + 2
+    kept = newest(run)
+    life = Forked(tmp_path / "last.log", "train", config, f"train.steps={kept + 1}")
+    assert life.wait() == [0, 0] and newest(run) == kept + 1, life.printed()
+
+
 def stop(rank: int, data: Path, folder: Path, before: Any) -> None:
     """Stops a rank at a random moment and lets the run go on to its end."""
     config, run = write_config(folder, data), folder / "runs" / "tiny"
