@@ -80,15 +80,14 @@ class DeepSpeedEngine(Engine):
         if self._stage == 0:
             self._engine.zero_grad()
             return
-        # ZeRO drops by itself what is not finite, with all that it keeps of a gradient in half a dozen buffers. Not
-        # every optimizer asks the other ranks whether theirs was: each must see one that is not.
+        # ZeRO drops by itself what is not finite, with all that it keeps of a gradient in half a dozen buffers. What it
+        # looks at differs: the gradients on every rank, flags, norms that were taken when gradients went to the host.
         scale = self.loss_scale_state()
+        for parameter in self.module.parameters():
+            self._poison(parameter)
         if self._stage == 3:
             self._zero.inf_or_nan_tracker.fill_(True)
-        else:
-            for parameter in self.module.parameters():
-                self._poison(parameter)
-        if self._stage < 3 and getattr(self._zero, "cpu_offload", False):  # looks at nothing but what it noted before
+        if hasattr(self._zero, "norm_for_param_grads"):
             self._zero.local_overflow = True
             self._zero.norm_for_param_grads = dict.fromkeys(self._zero.norm_for_param_grads, torch.tensor(float("nan")))
         assert not self.step(0.0).applied
@@ -96,7 +95,11 @@ class DeepSpeedEngine(Engine):
             self.restore_loss_scale(scale)
 
     def _poison(self, parameter: Any) -> None:
-        if parameter._hp_mapping is not None:  # deepspeed's own setter fails where ranks share a parameter
+        # deepspeed's own setters fail where a share is padded, or a parameter lies on several ranks
+        if self._stage == 3:
+            size = parameter.partition_numel() * self.world.size
+            self._zero.set_fp32_grad_for_param(torch.full((size,), float("nan")), parameter)
+        elif parameter._hp_mapping is not None:
             parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).fill_(float("nan"))
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
