@@ -12,7 +12,7 @@ from finetune.scores import score
 from finetune.tasks import Pair
 from pretrain.data.tokenizer import TextTokenizer
 from pretrain.engine import Engine
-from pretrain.hooks import Note
+from pretrain.hooks import Note, stop_if_signalled
 from pretrain.loop import StepReport
 from pretrain.models import EncoderDecoder
 from pretrain.runs import write_text
@@ -67,7 +67,9 @@ class WrittenTexts:
         sources = [pair.source for pair in self.pairs]
         with self.engine.gathered():
             written = {
-                mode: write_texts(model, self.tokenizer, runner, sources, self.max_source)
+                mode: write_texts(
+                    model, self.tokenizer, runner, sources, self.max_source, told=lambda written: stop_if_signalled()
+                )
                 for mode, runner in self.ways.items()
             }
         if self.board is not None:

@@ -32,6 +32,7 @@ from pretrain.flatten import flatten
 from pretrain.loop import Hook, Progress
 from pretrain.objectives import ObjectiveModule
 from pretrain.run import Run, claim
+from pretrain.watchdog import Watchdog
 
 BUNDLE, TASK = "bundle", "task"
 # What decides the order of the data, the model and the objective: the past of a run cannot be of two kinds.
@@ -70,6 +71,8 @@ def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
         world = distributed.init()
         stack.callback(distributed.shutdown)
         given = together(lambda: complete_options(config.load(TuneConfig, config_path, with_presets(overrides))))
+        lost, limit = partial(runs.record_lost, given.run_dir), given.train.hang_seconds
+        stack.enter_context(Watchdog(world, limit, lost, given.run_dir))
         check_same("the configuration", flatten(given.model_dump(mode="json")), ConfigError)
         bundle = together(lambda: open_bundle(given))
         runner = together(lambda: build_runner(given, bundle))

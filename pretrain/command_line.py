@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from pretrain import signals
 from pretrain.errors import DISK_ERRNOS, EXIT_DISK, EXIT_DONE, ParlanceError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -17,11 +19,19 @@ def run(
 ) -> int:
     """Runs the sub-command that `arguments` (default: the process's own) ask for.
 
-    commands: each adds its parser and sets its `run`.
+    commands: each adds its parser and sets its `run`. The process's own arguments come with its signals.
 
     Returns:
         the exit code that `pretrain.errors` documents; a ParlanceError is printed as one line.
     """
+    owned = arguments is None and threading.current_thread() is threading.main_thread()
+    with signals.ending() if owned else contextlib.nullcontext():
+        return _run(program, description, commands, arguments)
+
+
+def _run(
+    program: str, description: str, commands: Sequence[Callable[..., None]], arguments: Sequence[str] | None
+) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     # The deepspeed launcher puts this in front of the command; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)

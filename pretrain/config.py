@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pretrain.errors import ConfigError
 from pretrain.parsing import parse_scalar, read_yaml
@@ -134,6 +134,8 @@ class TrainConfig(Section):
 
     epochs: passes over the training data, in place of `steps`, which is 0 until the data tells how many those are.
     async_save: write checkpoints while training goes on, from a copy in the memory of the host.
+    on_nonfinite: after a loss or gradient that is not finite, or a spike: stop, skip the update's samples, or rewind to
+    the last checkpoint and leave them out. hang_seconds: a rank that stands still so long ends the job (0 = never).
     """
 
     steps: int = Field(1000, ge=0)
@@ -148,6 +150,17 @@ class TrainConfig(Section):
     async_save: bool = True
     disk_patience: float = Field(600, ge=0.0, description="seconds to wait, paused, for a full disk; 0: end at once")
     resume: Literal["auto", "never"] = "auto"
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    max_skips: int = Field(3, ge=1, description="skips in a row, or rewinds without a new checkpoint; then stop")
+    spike_factor: float = Field(0.0, ge=0.0, description="a spike is that many times the recent median; 0 = no spikes")
+    hang_seconds: float = Field(45.0, ge=0.0)
+
+    @field_validator("spike_factor")
+    @classmethod
+    def _spikes_are_higher(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError(f"must be 0 or more than 1, got {value}")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -18,6 +18,13 @@ from torch import distributed as dist
 from pretrain import errors, slurm
 from pretrain.errors import ConfigError, ParlanceError
 
+# NCCL then remembers its last collectives and writes them down when one does not end; the size has two names, of which
+# later versions warn of the first.
+FLIGHT_RECORDER = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    "TORCH_FR_BUFFER_SIZE" if torch.__version__ >= "2.13" else "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
 ErrorT = TypeVar("ErrorT", bound=ParlanceError)
 MadeT = TypeVar("MadeT")
 
@@ -59,6 +66,8 @@ def init(device: str = "auto") -> World:
     if on_cuda:
         torch.cuda.set_device(place)
     if not dist.is_initialized():
+        for name, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
         backend = "nccl" if on_cuda else "gloo"
         if launched:
             dist.init_process_group(backend, init_method="env://")

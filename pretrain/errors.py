@@ -69,12 +69,24 @@ class DiskFullError(DiskError):
 
 
 class NonFiniteError(ParlanceError):
-    """A loss term or gradient was not finite; the state that saw it is never committed."""
+    """A loss term or gradient was not finite; the state that saw it is never committed.
+
+    samples: (first, count) of the update in the global order, where the loop knows it.
+    """
 
     exit_code = EXIT_NON_FINITE
+    samples: tuple[int, int] | None = None
+
+
+class LossSpike(NonFiniteError):
+    """A loss was finite, and many times what it had been."""
 
 
 class Requeue(ParlanceError):
     """A stop signal arrived and the state is saved: run the same command again to continue."""
 
     exit_code = EXIT_REQUEUE
+
+
+class LostRank(Requeue):
+    """A rank died, was stopped or stands still, so that the others would wait for ever."""

@@ -10,17 +10,50 @@ from typing import Any
 
 import torch
 
-from pretrain.distributed import any_rank, shared
+from pretrain import signals
+from pretrain.checkpoints.commit import disk_errors
+from pretrain.checkpoints.saver import Saver
+from pretrain.distributed import agree, any_rank, shared, sum_counts
 from pretrain.engine import Engine
-from pretrain.errors import Requeue
-from pretrain.loop import Progress, StepReport, global_counts, global_means, weighted
+from pretrain.errors import ParlanceError, Requeue
+from pretrain.loop import Hook, Progress, StepReport, global_counts, global_means, weighted
 from pretrain.objectives import Preview
 from pretrain.runs import write_text
-from pretrain.signals import Signals
 from pretrain.watch.console import terms
 from pretrain.watch.tensorboard import TensorBoard, plain
 
 Note = Callable[[str], None]
+
+
+class AllRanks:
+    """The hooks of a run as one, and the end of a save when every rank has written its share.
+
+    What one rank alone meets, as rank 0 a full disk below its board, must not keep it from the collectives of the hooks
+    that follow; afterwards it is the error of every rank.
+
+    unfinished: the report of an update whose hooks were cut short, before it was saved; they want to be run again.
+    """
+
+    def __init__(self, hooks: Sequence[Hook], folder: Path, saver: Saver, commit: Callable[[], None]) -> None:
+        self.hooks, self.folder, self.saver, self.commit = hooks, folder, saver, commit
+        self.unfinished: StepReport | None = None
+
+    def after_step(self, report: StepReport) -> None:
+        error: ParlanceError | None = None
+        for hook in self.hooks:
+            self.unfinished = None if isinstance(hook, Save | StopOnSignal) else report
+            try:
+                with disk_errors(self.folder):
+                    hook.after_step(report)
+            except ParlanceError as problem:
+                if problem.shared:
+                    raise
+                error = error or problem
+        told = sum_counts({"errors": int(error is not None), "writing": int(self.saver.writing)})
+        if told["errors"]:
+            agree(error)
+        if report.last or not told["writing"]:
+            self.commit()
 
 
 class Validation:
@@ -46,7 +79,12 @@ class Validation:
             return
         objective = self.engine.module.objective
         counts, _ = global_counts(objective, self.batches)
-        losses = global_means(self.engine.evaluate(self.batches), counts)
+        sums = dict.fromkeys(counts, 0.0)
+        for batch in self.batches:
+            stop_if_signalled()
+            for term, value in self.engine.evaluate([batch]).items():
+                sums[term] += float(value)
+        losses = global_means(sums, counts)
         values = {f"valid/{term}": value for term, value in losses.items()}
         values["valid/total"] = self.scores["valid/total"] = weighted(losses, objective.weights)
         if self.board:
@@ -135,15 +173,28 @@ class Save:
 class StopOnSignal:
     """A signal to any rank: all ranks save together after this update and leave with `Requeue`."""
 
-    def __init__(self, signals: Signals, save: Save) -> None:
-        self.signals, self.save = signals, save
+    def __init__(self, save: Save) -> None:
+        self.save = save
 
     def after_step(self, report: StepReport) -> None:
-        if any_rank(self.signals.received) and not report.last:
-            self.save.now(report.progress)
-            raise shared(
-                Requeue(f"stopped by a signal, saved step {report.step}: run the same command again to continue")
-            )
+        if not report.last:
+            try:
+                stop_if_signalled()
+            except Requeue:
+                self.save.now(report.progress)
+                raise stopped(report.step) from None
+
+
+def stop_if_signalled() -> None:
+    """Raises Requeue on every rank where a signal came to one; for work that may be long, collective."""
+    if any_rank(signals.received()):
+        raise shared(Requeue("stopped by a signal"))
+
+
+def stopped(step: int) -> Requeue:
+    """The error of a run that was stopped by a signal when so many updates were saved."""
+    saved = f"saved step {step}" if step else "before the first update"
+    return shared(Requeue(f"stopped by a signal, {saved}: run the same command again to continue"))
 
 
 class Skips:

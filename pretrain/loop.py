@@ -2,10 +2,11 @@
 
 One update: read the window, add its counts over all ranks once, turn them into the factor of each term, run
 forward and backward, check that every rank saw finite losses, step, tell the hooks. Because the factors come from
-global counts, the gradient does not depend on how the window was cut into ranks and micro-batches.
+global counts, the gradient does not depend on how the window was cut into ranks and micro-batches. What a bad update
+leads to is decided by a guard; it leaves no trace in weights, moments or generators.
 """
 
-import math
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,8 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
-from pretrain.distributed import agree, shared, sum_counts
-from pretrain.engine import Engine
+from pretrain import blame, rng
+from pretrain.distributed import agree, sum_counts
+from pretrain.engine import Engine, StepResult
 from pretrain.errors import CheckpointError, NonFiniteError, ParlanceError
 
 # fp16 halves its loss scale at each overflow; at 1 there is nothing left to halve.
@@ -54,11 +56,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update was, the same on every rank but for the two times.
+    """What one update was, the same on every rank but for the three times.
 
     losses: {term: global mean} of the terms that occurred. weights: {term: factor}. counts: {term: global count}.
     grad_norm: before clipping. applied: False where fp16 overflowed and the update was skipped.
-    samples, tokens: of this update over all ranks. seconds, wait_seconds: of this rank, the second for data alone.
+    samples, tokens: of this update over all ranks. seconds, wait_seconds, compute_seconds: of this rank; the second
+    for data alone, the third for forward and backward.
     facts: sums over all batches of the update, under the names of `fit`'s `facts`.
     """
 
@@ -75,6 +78,7 @@ class StepReport:
     tokens: int
     seconds: float
     wait_seconds: float
+    compute_seconds: float = 0.0
     facts: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -85,6 +89,19 @@ class StepReport:
     def total(self) -> float:
         """The number that training makes smaller."""
         return weighted(self.losses, self.weights)
+
+    def to_json(self) -> str:
+        """For `from_json`; a norm may be infinite."""
+        return json.dumps({**vars(self), "progress": self.progress.to_json()}, default=dict)
+
+    @classmethod
+    def from_json(cls, text: Any) -> "StepReport":
+        """Raises CheckpointError where `text` is not what `to_json` gave."""
+        try:
+            values = json.loads(text)
+            return cls(**{**values, "progress": Progress.from_json(values["progress"])})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CheckpointError(f"`unfinished` of a checkpoint is damaged: {type(error).__name__}") from None
 
     def due(self, every: int) -> bool:
         """True at each multiple of `every` updates and at the last one; never for 0."""
@@ -110,6 +127,17 @@ class Window(Protocol):
     def batches(self) -> Sequence[Any]: ...
 
 
+class Guard:
+    """What becomes of a bad update. This one stops training; every rank asks it the same."""
+
+    def check(self, step: int, total: float) -> None:
+        """Raises NonFiniteError where the finite loss `total` of the update `step` is no good either."""
+
+    def pardon(self, error: NonFiniteError, window: Window) -> None:
+        """Raises `error`, or returns, and training goes on behind the samples of `window`."""
+        raise error
+
+
 def fit(
     engine: Engine,
     windows: Iterator[Window],
@@ -118,20 +146,23 @@ def fit(
     progress: Progress,
     hooks: Sequence[Hook],
     facts: Facts = NO_FACTS,
+    guard: Guard | None = None,
 ) -> Progress:
     """Trains from `progress` until `steps` updates are done and returns where it stands then.
 
     Args:
-        windows: endless, the first one starting at `progress.position`.
+        windows: endless, the first one starting at `progress.position` or behind it.
         learning_rate: of the update that follows `step` done ones.
         hooks: run after every update, in this order; one that stops training raises.
         facts: {name: number of a batch}, added up for the hooks.
+        guard: decides about updates that are not finite.
 
     Raises:
-        NonFiniteError: on every rank, before the update, if a loss or (outside fp16) the gradient is not finite.
+        NonFiniteError: on every rank, before the update, if a loss or (outside fp16) the gradient is not finite, and
+            the guard does not pardon it.
         ParlanceError: what one rank met when it read its window, on every rank.
     """
-    objective = engine.module.objective
+    objective, guard = engine.module.objective, guard or Guard()
     while progress.step < steps:
         started = time.perf_counter()
         window: Window | None = None
@@ -143,29 +174,15 @@ def fit(
             except ParlanceError as problem:  # of this rank alone; the others hear of it with the counts
                 error = problem
         waited = time.perf_counter() - started
-        step = progress.step + 1
+        step, lr = progress.step + 1, learning_rate(progress.step)
 
         counts, extent = global_counts(objective, window.batches if window else (), error, facts)
         assert window is not None
-        scale = {
-            term: weight * engine.loss_factor / counts[term] if counts[term] else 0.0
-            for term, weight in objective.weights.items()
-        }
-        sums = engine.accumulate(window.batches, scale)
-        losses = global_means(sums, counts)
-        for term, value in losses.items():
-            if not math.isfinite(value):
-                raise shared(
-                    NonFiniteError(f"loss term `{term}` must be finite, was {value} at step {step}; not applied")
-                )
-
-        lr = learning_rate(progress.step)
-        result = engine.step(lr)
-        if not result.applied and (result.loss_scale is None or result.loss_scale <= SMALLEST_LOSS_SCALE):
-            norm, terms = result.grad_norm, " ".join(f"{term} {value:.4g}" for term, value in losses.items())
-            raise shared(
-                NonFiniteError(f"gradient norm must be finite, was {norm} at step {step} ({terms}); not applied")
-            )
+        try:
+            losses, result, computed = update(engine, window.batches, counts, step, lr, guard)
+        except NonFiniteError as problem:
+            guard.pardon(problem, window)
+            continue
 
         progress = Progress(
             step, window.first + window.count, progress.samples + window.count, progress.tokens + extent["tokens"]
@@ -184,11 +201,42 @@ def fit(
             tokens=extent["tokens"],
             seconds=time.perf_counter() - started,
             wait_seconds=waited,
+            compute_seconds=computed,
             facts={name: extent[name] for name in facts},
         )
         for hook in hooks:
             hook.after_step(report)
     return progress
+
+
+def update(
+    engine: Engine, batches: Sequence[Any], counts: Mapping[str, int], step: int, lr: float, guard: Guard
+) -> tuple[dict[str, float], StepResult, float]:
+    """(global mean of each term that occurred, what the engine says, seconds of forward and backward on this rank).
+
+    Raises:
+        NonFiniteError: on every rank; weights, moments and torch's generators are then as they were.
+    """
+    weights = engine.module.objective.weights
+    scale = {
+        term: weight * engine.loss_factor / counts[term] if counts[term] else 0.0 for term, weight in weights.items()
+    }
+    with rng.put_back_on(NonFiniteError):
+        started = time.perf_counter()
+        # as numbers, so that the device has done the work that this rank is measured by
+        sums = {term: float(value) for term, value in engine.accumulate(batches, scale).items()}
+        computed = time.perf_counter() - started
+        losses = global_means(sums, counts)
+        try:
+            blame.check_losses(engine, losses, sums, step)
+            guard.check(step, weighted(losses, weights))
+        except NonFiniteError:
+            engine.drop()
+            raise
+        result = engine.step(lr)
+        if not result.applied and (result.loss_scale is None or result.loss_scale <= SMALLEST_LOSS_SCALE):
+            raise blame.bad_gradient(engine, batches, scale, losses, result.grad_norm, step)
+    return losses, result, computed
 
 
 def global_counts(

@@ -2,6 +2,8 @@
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,3 +109,16 @@ def seed(*numbers: int) -> None:
     torch.manual_seed(int(torch_seed))
     np.random.seed(int(numpy_seed))
     random.seed(int(python_seed))
+
+
+@contextmanager
+def put_back_on(kind: type[BaseException]) -> Iterator[None]:
+    """Where the block raises `kind`, torch's generators are as they were before it."""
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    except kind:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        raise

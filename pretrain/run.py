@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,9 +25,10 @@ from pretrain.cost.peak import device_peak
 from pretrain.data.stream import SampleStream
 from pretrain.distributed import World, together
 from pretrain.engine import Engine
-from pretrain.errors import CheckpointError, DiskError, ParlanceError, Requeue
-from pretrain.hooks import Save, Skips, StopOnSignal, Validation
-from pretrain.loop import Hook, Progress, StepReport, fit
+from pretrain.errors import CheckpointError, DiskError, NonFiniteError, ParlanceError, Requeue
+from pretrain.faults import Policy
+from pretrain.hooks import AllRanks, Save, Skips, StopOnSignal, Validation, stopped
+from pretrain.loop import Hook, Progress, StepReport, Window, fit
 from pretrain.models import EncoderDecoder
 from pretrain.optim import learning_rate
 from pretrain.signals import Signals
@@ -34,6 +36,7 @@ from pretrain.watch import cosine
 from pretrain.watch.console import Console, Meter, short
 from pretrain.watch.cosine import GradientCosine
 from pretrain.watch.exits import ExitRamps
+from pretrain.watch.slow import SlowRanks
 from pretrain.watch.tensorboard import TensorBoard
 
 Pictures = Callable[[], Mapping[str, np.ndarray]]
@@ -82,8 +85,11 @@ class Run:
         self.settings, self.world, self.engine, self.stream, self.store = settings, world, engine, stream, store
         self.data, self.fixed, self.stack, self.folder = data, fixed, stack, settings.run_dir
         self.notes: list[str] = []
-        self.progress = self.reached = self._resume(given_by)
         self.events = runs.Events(self.folder)
+        self.given_by, self.skips = given_by, 0
+        self.policy = Policy(settings.train, self._bad_update)
+        self.unfinished: StepReport | None = None  # of the update that `progress` stands behind
+        self.progress = self.reached = self.last = self._resume()
         self.environment = runs.describe_environment(world, self.model.backend)
         self.meter = Meter()
         self.scores: dict[str, float] = {}  # what rank 0 has measured since the last update
@@ -147,8 +153,11 @@ class Run:
         print(f"mfu: of {short(everywhere)}FLOP/s on all ranks ({peak.source})", file=sys.stderr, flush=True)
         self.console = Console(step, train.steps, train.log_every, peak=everywhere)
         self.stack.callback(self.console.close)
-        self.board = TensorBoard(self.folder / runs.BOARD, step, train.log_every, everywhere)
+        self.board = TensorBoard(self.folder / runs.BOARD, self._drawn, train.log_every, everywhere)
         self.stack.callback(self.board.close)
+        past = [event["event"] for event in self._past()]
+        self.skips = len(past) - past.count("resume")
+        self.board.began(past.count("resume"), self.skips)
         losses = ["loss/total", *(["valid/total"] if train.validate_every and self.stream.valid else [])]
         self.board.config(text, self.settings.model_dump(mode="json", exclude={"name", "runs"}), [*losses, *metrics])
         for name, image_HWC in pictures().items():
@@ -157,25 +166,55 @@ class Run:
     def train(self, texts: Hook | None) -> Progress:
         """Trains to the last update. texts: the hook that shows what the model writes.
 
-        Signals are caught from here on: before, there is nothing to save, and a rank that waits for the others must
+        Signals are remembered from here on: before, there is nothing to save, and a rank that waits for the others must
         not outlive one.
         """
-        steps = self.settings.train.steps
-        rate = partial(learning_rate, config=self.settings.optim, total_steps=steps)
-        windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
-        # The windows are a generator: its end ends its workers.
-        with Signals() as signals, self._journal(), self._last_commit(), closing(windows):
+        with Signals() as signals, self._journal(), self._last_commit():
             self.saver.patience = Patience(self.settings.train.disk_patience, self._tell, lambda: signals.received)
-            hooks = AllRanks(together(lambda: self._hooks(signals, texts)), self.folder, self.saver, self._commit)
-            progress = fit(self.engine, windows, rate, steps, self.progress, [hooks], flops.facts(self.model))
+            save = Save(self.settings.train.save_every, self._save)
+            hooks = AllRanks(together(lambda: self._hooks(save, texts)), self.folder, self.saver, self._commit)
+            while True:
+                try:
+                    progress = self._fit(signals, hooks)
+                    break
+                except NonFiniteError as error:
+                    self._rewind(error)
+                    save.saved_step = -1
+                except Requeue:
+                    self.unfinished = hooks.unfinished
+                    if self.last.step > self.reached.step:
+                        save.now(self.last)
+                        self._commit()
+                    raise stopped(self.reached.step) from None
         if self.console is not None:
             self.console.note(f"finished at step {progress.step}, saved in {self.folder}; more: train.steps=...")
         return progress
 
-    def _hooks(self, signals: Signals, texts: Hook | None) -> list[Hook]:
+    def _fit(self, signals: Signals, hooks: AllRanks) -> Progress:
+        """From `progress` to the last update; first what is left to do after the update before, if it was cut short."""
+        steps, rate = self.settings.train.steps, self.settings.optim
+        if self.unfinished is not None:
+            report, self.unfinished = self.unfinished, None
+            self.policy.forget(report)
+            hooks.after_step(replace(report, last=report.step == steps))
+        windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
+        with closing(windows):  # a generator: its end ends its workers
+            read, facts = self._awaited(windows, signals), flops.facts(self.model)
+            rates = partial(learning_rate, config=rate, total_steps=steps)
+            return fit(self.engine, read, rates, steps, self.progress, [hooks], facts, self.policy)
+
+    def _awaited(self, windows: Iterator[Window], signals: Signals) -> Iterator[Window]:
+        """`windows` without those that rewinding has left out; a signal ends the wait for the next one."""
+        while True:
+            with signals.interruptible():
+                window = next(windows)
+            if window.first not in self.policy.jumped:
+                yield window
+
+    def _hooks(self, save: Save, texts: Hook | None) -> list[Hook]:
         """Periodic work in the order it is done after an update; saving comes last, when all else is on disk."""
         train = self.settings.train
-        hooks: list[Hook] = [self, *(hook for hook in (self.console, self.board) if hook)]
+        hooks: list[Hook] = [self, self.policy, *(hook for hook in (self.console, self.board) if hook)]
         if train.validate_every and self.stream.valid is not None:
             batches = self.stream.fixed_batches(train.validate_batches, self.world.rank, self.world.size)
             hooks.append(Validation(self.engine, batches, train.validate_every, self.board, self.note, self.scores))
@@ -183,13 +222,16 @@ class Run:
             hooks.append(GradientCosine(self.engine, self.stream.preview(PREVIEWS), train.cosine_every, self.board))
         if train.sample_every and "hard_exit" in self.engine.module.objective.modes:
             hooks.append(ExitRamps(self.engine, self.stream.preview(RAMP_SAMPLES), train.sample_every, self.board))
-        save = Save(train.save_every, self._save)
-        return [*hooks, *([texts] if texts else []), Skips(self._skipped), save, StopOnSignal(signals, save)]
+        slow = SlowRanks(self.world, train.log_every, self._slow)
+        return [*hooks, *([texts] if texts else []), Skips(self._skipped), slow, save, StopOnSignal(save)]
 
     def after_step(self, report: StepReport) -> None:
         """A hook itself, the first: adds up what updates take, for the record of the next save; forgets old scores."""
+        self.last = report.progress
         self.meter.add(report)
         self.scores.clear()
+        if self.board is not None:
+            self.board.skipped(report.step, self.skips)
 
     def _save(self, progress: Progress) -> None:
         """Begins a checkpoint, when the one before is committed; ends it, too, without `train.async_save`; collective.
@@ -198,7 +240,10 @@ class Run:
         """
         train = self.settings.train
         content = {**progress.to_json(), "data": self.data, "kernels": self.model.backend, "fixed": self.fixed}
-        if progress.step % train.save_every == 0 or progress.step == train.steps:
+        content |= self.policy.to_json()
+        if self.unfinished is not None:
+            content["unfinished"] = self.unfinished.to_json()
+        elif progress.step % train.save_every == 0 or progress.step == train.steps:
             content["scores"] = {name: value for name, value in self.scores.items() if math.isfinite(value)}
         self._commit()
         self.saver.start(progress.step, content)
@@ -212,6 +257,7 @@ class Run:
         if saved is None:
             return
         self.reached, spent = self._copied
+        self.policy.rewinds = 0
         times = {
             "seconds": spent.seconds,
             "wait_seconds": spent.wait_seconds,
@@ -245,9 +291,10 @@ class Run:
                 if paused:
                     self.events.add("pause", self.reached.step, message=line)
 
-    def _resume(self, given_by: str) -> Progress:
+    def _resume(self) -> Progress:
         """Restores the last verified checkpoint; without one, gives each rank dropout of its own and starts at 0."""
         saved = checkpoint.load_latest(self.store, self.engine, self.world, self.settings.seed)
+        self.policy.past(distributed.rank_zero(self._past))
         if saved is None:
             rng.seed(self.settings.seed, 0, self.world.rank)
             return Progress()
@@ -256,10 +303,35 @@ class Run:
             self.notes.append(f"kernels were {saved.get('kernels')}, are {kernels}: the run goes on, not bit by bit")
 
         def check() -> Progress:
-            runs.check_data(saved.get("data"), self.data, given_by, self.folder)
+            runs.check_data(saved.get("data"), self.data, self.given_by, self.folder)
+            self.policy.restore(saved)
+            self.unfinished = StepReport.from_json(saved["unfinished"]) if "unfinished" in saved else None
             return Progress.from_json(saved)
 
         return together(check)
+
+    def _rewind(self, error: NonFiniteError) -> None:
+        """Back to the last verified checkpoint, if the policy and the disk allow it; raises `error` if not."""
+        self._commit()
+        at = self.reached.step
+        if not at or not self.policy.rewind(error):
+            raise error
+        self._record("rewind", at, samples=list(error.samples) if error.samples else None, message=str(error))
+        self.progress = self.reached = self.last = self._resume()
+        self.meter, self.skips = Meter(), self.skips + 1
+        if self.board is not None and self.console is not None:
+            self.board.back_to(self._drawn)
+            self.console.back_to(self.progress.step, f"{error}; going on from step {self.progress.step}")
+
+    def _past(self) -> list[dict[str, Any]]:
+        """Events of earlier lives that matter to this one."""
+        found = runs.read_events(self.folder) if self.events.path.exists() else []
+        return [event for event in found if event.get("event") in ("skip", "rewind", "resume")]
+
+    @property
+    def _drawn(self) -> int:
+        """The last update whose values stay on the board."""
+        return self.progress.step - (self.unfinished is not None)
 
     @contextmanager
     def _journal(self) -> Iterator[None]:
@@ -281,35 +353,22 @@ class Run:
         """Rank 0 adds a line to events.jsonl; collective."""
         distributed.rank_zero(lambda: self.events.add(event, step, **details))
 
+    def _bad_update(self, event: str, message: str, **details: Any) -> None:
+        self.skips += 1
+        if self.note:
+            self.note(f"{message}; its samples are jumped over")
+        self._record(event, self.last.step + 1, message=message, **details)
+
+    def _slow(self, step: int, rank: int, host: str, seconds: float, data: float, usual: float) -> None:
+        if self.note:
+            times = f"{seconds:.3g} s an update, {data:.3g} of them for data, the others {usual:.3g} s"
+            self.note(f"rank {rank} on {host} is slow: {times}")
+        times = {"seconds": round(seconds, 4), "data_seconds": round(data, 4), "others_seconds": round(usual, 4)}
+        self._record("slow", step, rank=rank, slow_host=host, **times)
+
     def _skipped(self, report: StepReport) -> None:
+        self.skips += 1
         self._record("skip", report.step, loss_scale=report.loss_scale)
-
-
-class AllRanks:
-    """The hooks of a run as one, and the end of a save when every rank has written its share.
-
-    What one rank alone meets, as rank 0 a full disk below its board, must not keep it from the collectives of the hooks
-    that follow; afterwards it is the error of every rank.
-    """
-
-    def __init__(self, hooks: Sequence[Hook], folder: Path, saver: Saver, commit: Callable[[], None]) -> None:
-        self.hooks, self.folder, self.saver, self.commit = hooks, folder, saver, commit
-
-    def after_step(self, report: StepReport) -> None:
-        error: ParlanceError | None = None
-        for hook in self.hooks:
-            try:
-                with disk_errors(self.folder):
-                    hook.after_step(report)
-            except ParlanceError as problem:
-                if problem.shared:
-                    raise
-                error = error or problem
-        told = distributed.sum_counts({"errors": int(error is not None), "writing": int(self.saver.writing)})
-        if told["errors"]:
-            distributed.agree(error)
-        if report.last or not told["writing"]:
-            self.commit()
 
 
 def claim(

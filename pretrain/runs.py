@@ -20,7 +20,7 @@ from pretrain.checkpoints.commit import disk_errors
 from pretrain.data.files import write_atomic
 from pretrain.data.manifest import Manifest
 from pretrain.distributed import World, count_hosts
-from pretrain.errors import CheckpointError, ConfigError, DataError
+from pretrain.errors import CheckpointError, ConfigError, DataError, LostRank
 from pretrain.flatten import flatten
 from pretrain.plain import read_plain
 
@@ -190,6 +190,13 @@ class Events:
             file.write(("" if whole else "\n").encode() + text.encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def record_lost(run_dir: Path, text: str) -> None:
+    """Writes into the journal of a run, if it has begun one, why its ranks were ended; from any rank and thread."""
+    if (run_dir / EVENTS).exists():
+        step = next((event["step"] for event in reversed(read_events(run_dir)) if "step" in event), 0)
+        Events(run_dir).add("error", step, kind=LostRank.__name__, message=text)
 
 
 def read_journal(run_dir: Path) -> list[str]:

@@ -24,6 +24,7 @@ from pretrain.parsing import read_json
 from pretrain.run import PREVIEWS, Run, claim
 from pretrain.watch.console import short
 from pretrain.watch.pictures import mask_pictures
+from pretrain.watchdog import Watchdog
 
 # Tokens of the sample whose masks are drawn.
 PICTURED = 10
@@ -49,6 +50,8 @@ def main(
         stack.callback(distributed.shutdown)
         given = together(lambda: complete_options(config.load(RunConfig, config_path, overrides)))
         user = together(lambda: read_json(deepspeed_config) if deepspeed_config else {})
+        lost, limit = partial(runs.record_lost, given.run_dir), given.train.hang_seconds
+        stack.enter_context(Watchdog(world, limit, lost, given.run_dir))
         check_same("the configuration", flatten({**given.model_dump(mode="json"), "deepspeed": user}), ConfigError)
         dataset = together(lambda: ShardDataset(given.data.path, given.data.on_bad_shard))
         data = {**runs.fingerprint(dataset.manifest), "skipped": dataset.skipped_shards}

@@ -32,6 +32,7 @@ class Engine(ABC):
     """Gradient accumulation, update, evaluation and state of one ObjectiveModule on this rank.
 
     module: weights in the precision of the forward.
+    whole_gradients: a gradient of any weight can be computed on this rank alone.
     loss_factor: the loop passes scale[term] = weight * loss_factor / global_count, and the applied gradient is then the
         exact gradient of the global batch: the number of ranks where gradients are averaged over ranks, 1 where summed.
     """
@@ -39,6 +40,7 @@ class Engine(ABC):
     module: ObjectiveModule
     world: World
     loss_factor: float
+    whole_gradients: bool = True
     guard: CallGuard | None = None
     _adam: torch.optim.Optimizer
 
@@ -75,6 +77,10 @@ class Engine(ABC):
     def step(self, lr: float) -> StepResult:
         """Clips the accumulated gradient, applies one update with learning rate `lr` unless a gradient is not
         finite, and clears the gradients; collective."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Throws the accumulated gradient away, in the place of `step`; collective."""
 
     @abstractmethod
     def gathered(self) -> AbstractContextManager[None]:

@@ -41,6 +41,7 @@ class DeepSpeedEngine(Engine):
         self.module, self.world = module, world
         self.loss_factor = float(world.size)  # gradients are averaged over ranks
         self._stage, self._clip = config.zero_stage, optim.clip
+        self.whole_gradients = self._stage < 3
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         # deepspeed makes its masters from weights it has rounded to 16 bits; they shall start unrounded
         exact = {} if config.precision == "fp32" else {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -74,6 +75,32 @@ class DeepSpeedEngine(Engine):
         applied = bool(self._engine.was_step_applied())
         norm = float(self._engine.get_global_grad_norm()) if applied else float("inf")
         return StepResult(norm, applied, self._loss_scale())
+
+    def drop(self) -> None:
+        if self._stage == 0:
+            self._engine.zero_grad()
+            return
+        # ZeRO drops by itself what is not finite, with all that it keeps of a gradient in half a dozen buffers. What it
+        # looks at differs: the gradients on every rank, flags, norms that were taken when gradients went to the host.
+        scale = self.loss_scale_state()
+        for parameter in self.module.parameters():
+            self._poison(parameter)
+        if self._stage == 3:
+            self._zero.inf_or_nan_tracker.fill_(True)
+        if hasattr(self._zero, "norm_for_param_grads"):
+            self._zero.local_overflow = True
+            self._zero.norm_for_param_grads = dict.fromkeys(self._zero.norm_for_param_grads, torch.tensor(float("nan")))
+        assert not self.step(0.0).applied
+        if scale is not None:
+            self.restore_loss_scale(scale)
+
+    def _poison(self, parameter: Any) -> None:
+        # deepspeed's own setters fail where a share is padded, or a parameter lies on several ranks
+        if self._stage == 3:
+            size = parameter.partition_numel() * self.world.size
+            self._zero.set_fp32_grad_for_param(torch.full((size,), float("nan")), parameter)
+        elif parameter._hp_mapping is not None:
+            parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).fill_(float("nan"))
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         return self._gathered() if self._stage == 3 else nothing_to_gather()

@@ -56,6 +56,9 @@ class LocalEngine(Engine):
         self._adam.zero_grad()
         return StepResult(norm, applied)
 
+    def drop(self) -> None:
+        self._adam.zero_grad()
+
     def gathered(self) -> AbstractContextManager[None]:
         return nothing_to_gather()
 

@@ -83,6 +83,13 @@ class Console:
         else:
             print(line, file=self.out, flush=True)
 
+    def back_to(self, step: int, why: str) -> None:
+        """The run goes on from an earlier step."""
+        self.first_step, self.started, self.meter = step, time.monotonic(), Meter()
+        if self.bar is not None:
+            self.bar.n = step
+        self.note(why)
+
     def close(self) -> None:
         """Leaves the terminal usable."""
         if self.bar is not None:

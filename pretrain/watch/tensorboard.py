@@ -5,6 +5,7 @@ uninterrupted one would have written; `purge_step` hides what a killed life wrot
 """
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, first_step: int, every: int, peak: float | None = None) -> None:
         self.every, self.meter, self.first_step, self.peak = every, Meter(), first_step, peak
+        self.folder, self.skips = folder, 0
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         threading.excepthook = _told_by_the_next_write
         self.process = psutil.Process()
@@ -71,6 +73,24 @@ class TensorBoard:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
         self.writer.flush()
+
+    def began(self, restarts: int, skips: int) -> None:
+        """Draws that a life begins: `events/restarts`, a point at the first update of each but the first."""
+        self.skips = skips
+        if restarts:
+            self.scalars(self.first_step + 1, {"events/restarts": float(restarts)})
+
+    def skipped(self, step: int, skips: int) -> None:
+        """Draws `events/skipped`, how many updates were not applied so far, where there are new ones."""
+        if skips != self.skips:
+            self.scalars(step, {"events/skipped": float(skips)})
+        self.skips = skips
+
+    def back_to(self, first_step: int) -> None:
+        """The run goes on from an earlier step: what was drawn behind it is hidden."""
+        self.writer.close()
+        time.sleep(1.1)  # readers order event files by name, and names tell seconds
+        self.writer = SummaryWriter(str(self.folder), purge_step=first_step + 1)
 
     def text(self, step: int, tag: str, text: str) -> None:
         """A block that keeps its line breaks in TensorBoard's markdown view."""

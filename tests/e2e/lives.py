@@ -6,6 +6,7 @@ life costs a second or two; `launched` starts ranks as people do, by torchrun or
 
 import errno
 import fcntl
+import importlib
 import multiprocessing
 import os
 import random
@@ -31,7 +32,14 @@ PRELOAD = ["torch", "deepspeed", "torch.utils.tensorboard", "pretrain.__main__",
 class Forked:
     """Two ranks forked from a process that has everything imported; nobody ends the one when the other dies."""
 
-    def __init__(self, log: Path, *arguments: Any, before: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *arguments: Any,
+        before: Callable[[], None] | None = None,
+        ranks: int = RANKS,
+        program: str = "pretrain",
+    ) -> None:
         """before: called in each rank first; must be importable."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
@@ -45,8 +53,8 @@ class Forked:
         os.mkfifo(pipe)
         self._pipe = os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
         fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
-        for rank in range(RANKS):
-            process = context.Process(target=_live, args=(rank, port, pipe, words, before))
+        for rank in range(ranks):
+            process = context.Process(target=_live, args=(rank, ranks, port, pipe, program, words, before))
             process.start()
             self.ranks.append(process)
         if inherited is None:
@@ -205,15 +213,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _live(rank: int, port: int, pipe: Path, arguments: list[str], before: Callable[[], None] | None) -> None:
+def _live(
+    rank: int, ranks: int, port: int, pipe: Path, program: str, words: list[str], before: Callable[[], None] | None
+) -> None:
     out = os.open(pipe, os.O_WRONLY)
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    from pretrain.__main__ import main
+    main = importlib.import_module(f"{program}.__main__").main
+    sys.argv = [program, *words]
 
     if before is not None:
         before()
-    sys.exit(main(arguments))
+    sys.exit(main())

@@ -112,5 +112,5 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def training_curve(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """The scalars that do not depend on the clock or the machine."""
-    return {tag: values for tag, values in scalars(run).items() if not tag.startswith(("speed/", "memory/"))}
+    """The scalars that depend neither on the clock, nor on the machine, nor on how often the run was ended."""
+    return {tag: values for tag, values in scalars(run).items() if not tag.startswith(("speed/", "memory/", "events/"))}

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from pretrain.errors import Requeue
-from pretrain.hooks import Save, Skips, StopOnSignal, TextSamples, Validation
+from pretrain.errors import CheckpointError, Requeue
+from pretrain.hooks import AllRanks, Save, Skips, StopOnSignal, TextSamples, Validation
 from pretrain.loop import Progress, StepReport
 from pretrain.objectives import Preview
 from pretrain.signals import Signals
@@ -122,12 +122,12 @@ def test_saves_are_periodic_last_and_never_twice():
     assert written == [3, 6, 7]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_after_the_update_and_requeues(number):
     written = []
     before = signal.getsignal(number)
-    with Signals() as signals:
-        stop = StopOnSignal(signals, Save(100, lambda progress: written.append(progress.step)))
+    with Signals():
+        stop = StopOnSignal(Save(100, lambda progress: written.append(progress.step)))
         stop.after_step(report(1))
         os.kill(os.getpid(), number)
         assert written == []
@@ -138,9 +138,9 @@ def test_a_signal_saves_after_the_update_and_requeues(number):
 
 
 def test_a_signal_in_the_last_update_changes_nothing():
-    with Signals() as signals:
+    with Signals():
         os.kill(os.getpid(), signal.SIGTERM)
-        StopOnSignal(signals, Save(1, lambda progress: pytest.fail("saved"))).after_step(report(9, last=True))
+        StopOnSignal(Save(1, lambda progress: pytest.fail("saved"))).after_step(report(9, last=True))
 
 
 def test_skipped_updates_are_told():
@@ -332,3 +332,63 @@ def test_samples_are_files_and_text_per_mode_made_in_eval_mode(tmp_path):
     silent = TextSamples(fake, Batch(5), str, 1, tmp_path / "none", None)
     silent.after_step(SimpleNamespace(due=lambda every: True, step=3))
     assert not (tmp_path / "none").exists() and len(fake.modes) == 2, "every rank predicts, one writes"
+
+
+def test_restarts_and_skips_are_drawn_once(tmp_path):
+    first = TensorBoard(tmp_path, first_step=0, every=1)
+    first.began(0, 0)
+    for step in range(1, 6):
+        first.after_step(report(step))
+        first.skipped(step, 2 if step >= 4 else 0)
+    first.back_to(2)
+    first.skipped(3, 3)
+    first.close()
+    time.sleep(1.1)
+    second = TensorBoard(tmp_path, first_step=3, every=1)
+    second.began(1, 3)
+    second.skipped(4, 3)
+    second.close()
+    board = read(tmp_path)
+    assert [(e.step, e.value) for e in board.Scalars("events/skipped")] == [(3, 3.0)]
+    assert [(e.step, e.value) for e in board.Scalars("events/restarts")] == [(4, 1.0)]
+    assert [e.step for e in board.Scalars("loss/total")] == [1, 2]
+
+
+def test_a_validation_is_given_up_for_a_signal_and_told_to_be_done_again(tmp_path):
+    evaluated, saved = [], []
+
+    class Signalled(Fake):
+        def evaluate(self, batches):
+            evaluated.extend(batches)
+            if len(evaluated) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().evaluate(batches)
+
+    save = Save(1, lambda progress: saved.append(progress.step))
+    hooks = AllRanks([Validation(Signalled(), [Batch(1)] * 5, 2, None, None), save, StopOnSignal(save)], tmp_path)
+    with Signals():
+        hooks.after_step(report(1))
+        assert hooks.unfinished is None and saved == [1]
+        with pytest.raises(Requeue) as stop:
+            hooks.after_step(report(2))
+    assert stop.value.shared and len(evaluated) == 2 and saved == [1]
+    assert hooks.unfinished == report(2)
+    again = StepReport.from_json(hooks.unfinished.to_json())
+    assert again == report(2) and again.due(2)
+    with pytest.raises(CheckpointError, match="`unfinished` of a checkpoint is damaged"):
+        StepReport.from_json('{"progress": {"step": 1}}')
+
+
+def test_a_wait_is_given_up_for_a_signal():
+    with Signals() as signals:
+        with pytest.raises(Requeue), signals.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        with pytest.raises(Requeue), signals.interruptible():
+            pytest.fail("the signal came before")
+    with Signals() as signals:
+        with signals.interruptible():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert signals.received
