@@ -45,8 +45,9 @@ class Validation:
         if not report.due(self.every):
             return
         objective = self.engine.module.objective
-        counts, _ = global_counts(objective, self.batches)
-        losses = global_means(self.engine.evaluate(self.batches), counts)
+        copies = self.engine.world.tensor_parallel
+        counts, _ = global_counts(objective, self.batches, copies=copies)
+        losses = global_means(self.engine.evaluate(self.batches), counts, copies)
         values = {f"valid/{term}": value for term, value in losses.items()}
         values["valid/total"] = self.scores["valid/total"] = weighted(losses, objective.weights)
         if self.board:

@@ -131,7 +131,7 @@ def fit(
         NonFiniteError: on every rank, before the update, if a loss or (outside fp16) the gradient is not finite.
         ParlanceError: what one rank met when it read its window, on every rank.
     """
-    objective = engine.module.objective
+    objective, copies = engine.module.objective, engine.world.tensor_parallel
     while progress.step < steps:
         started = time.perf_counter()
         window: Window | None = None
@@ -145,14 +145,14 @@ def fit(
         waited = time.perf_counter() - started
         step = progress.step + 1
 
-        counts, extent = global_counts(objective, window.batches if window else (), error, facts)
+        counts, extent = global_counts(objective, window.batches if window else (), error, facts, copies)
         assert window is not None
         scale = {
             term: weight * engine.loss_factor / counts[term] if counts[term] else 0.0
             for term, weight in objective.weights.items()
         }
         sums = engine.accumulate(window.batches, scale)
-        losses = global_means(sums, counts)
+        losses = global_means(sums, counts, copies)
         for term, value in losses.items():
             if not math.isfinite(value):
                 raise shared(
@@ -192,11 +192,15 @@ def fit(
 
 
 def global_counts(
-    objective: Any, batches: Sequence[Any], error: ParlanceError | None = None, facts: Facts = NO_FACTS
+    objective: Any,
+    batches: Sequence[Any],
+    error: ParlanceError | None = None,
+    facts: Facts = NO_FACTS,
+    copies: int = 1,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """({term: count}, {"tokens": target tokens, fact: sum}) of the batches of all ranks; one collective.
 
-    error: why this rank has no batches, which is then raised on every rank.
+    error: why this rank has no batches, which is then raised on every rank. copies: ranks that have the same ones.
     """
     mine = {f"term/{term}": 0 for term in objective.weights} | {"errors": int(error is not None)}
     extent = {"tokens": lambda batch: batch.n_tokens, **facts}
@@ -207,14 +211,17 @@ def global_counts(
     everywhere = sum_counts(mine)
     if everywhere["errors"]:
         agree(error)
-    counts = {term: int(everywhere[f"term/{term}"]) for term in objective.weights}
-    return counts, {name: int(everywhere[name]) for name in extent}
+    counts = {term: int(everywhere[f"term/{term}"]) // copies for term in objective.weights}
+    return counts, {name: int(everywhere[name]) // copies for name in extent}
 
 
-def global_means(sums: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, float]:
-    """{term: mean} over all ranks of the terms that occurred; one collective, so every rank sees the same NaN."""
+def global_means(sums: Mapping[str, Any], counts: Mapping[str, int], copies: int = 1) -> dict[str, float]:
+    """{term: mean} over all ranks of the terms that occurred; one collective, so every rank sees the same NaN.
+
+    copies: ranks that have the same sums.
+    """
     everywhere = sum_counts({term: float(sums[term]) for term in counts})
-    return {term: everywhere[term] / count for term, count in counts.items() if count}
+    return {term: everywhere[term] / (copies * count) for term, count in counts.items() if count}
 
 
 def weighted(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:

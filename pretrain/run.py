@@ -157,7 +157,7 @@ class Run:
         """
         steps = self.settings.train.steps
         rate = partial(learning_rate, config=self.settings.optim, total_steps=steps)
-        windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
+        windows = self.stream.windows(self.progress.position, self.world.data_rank, self.world.data_size)
         with Signals() as signals, self._journal(), closing(windows):  # a generator: its end ends its workers
             hooks = AllRanks(together(lambda: self._hooks(signals, texts)), self.folder)
             progress = fit(self.engine, windows, rate, steps, self.progress, [hooks], flops.facts(self.model))
@@ -170,7 +170,8 @@ class Run:
         train = self.settings.train
         hooks: list[Hook] = [self, *(hook for hook in (self.console, self.board) if hook)]
         if train.validate_every and self.stream.valid is not None:
-            batches = self.stream.fixed_batches(train.validate_batches, self.world.rank, self.world.size)
+            share = self.world.data_rank, self.world.data_size
+            batches = self.stream.fixed_batches(train.validate_batches, *share)
             hooks.append(Validation(self.engine, batches, train.validate_every, self.board, self.note, self.scores))
         if train.cosine_every:
             hooks.append(GradientCosine(self.engine, self.stream.preview(PREVIEWS), train.cosine_every, self.board))
@@ -207,7 +208,7 @@ class Run:
         """Restores the last verified checkpoint; without one, gives each rank dropout of its own and starts at 0."""
         saved = checkpoint.load_latest(self.store, self.engine, self.world, self.settings.seed)
         if saved is None:
-            rng.seed(self.settings.seed, 0, self.world.rank)
+            rng.seed(self.settings.seed, 0, self.world.data_rank)
             return Progress()
         kernels = self.model.backend
         if saved.get("kernels") != kernels:
