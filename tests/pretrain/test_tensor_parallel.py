@@ -1,6 +1,6 @@
 """A model that ranks share computes what one rank does: losses, gradients, updates, what it writes, and its state.
 
-One job of four ranks does everything; the tests look at what it returned.
+Ranks return what they found, and the tests compare it with the same on one rank in plain torch.
 """
 
 from typing import Any
@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain import objectives
+from pretrain import objectives, rng
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.distributed import World
 from pretrain.engine import build
+from pretrain.engine.tensor_parallel import check
+from pretrain.errors import ConfigError
 from pretrain.objectives import ObjectiveModule
+from pretrain.watch import cosine
 from tests.distributed_helper import run_ranks
 from tests.pretrain.objectives.cases import IDS, SHAPE, examples, tiny_model
 
@@ -52,10 +55,10 @@ SAVING: list[Case] = [
 QUICK = [LOCAL[0], LOCAL[3], ZERO[3], ("lplm", "float32", {**SAVING[2][2], "activation_checkpointing": True})]
 
 
-def module_of(name: str, dtype: torch.dtype) -> ObjectiveModule:
+def module_of(name: str, dtype: torch.dtype, **changes: Any) -> ObjectiveModule:
     kind, *separate = name.split()
     shape = {"soft_exit": kind == "soft_exit", "off_ramps": "separate" if separate else "shared", "heads": 4}
-    model = tiny_model(**{**shape, "logits_bias": True, "encoder_layers": 1}).to(dtype)
+    model = tiny_model(**{**shape, "logits_bias": True, "encoder_layers": 1, **changes}).to(dtype)
     torch.nn.init.normal_(model.head.bias_V)
     objective = objectives.build({"name": kind, **OBJECTIVES[name]}, IDS, None, SHAPE)
     return ObjectiveModule(model, objective)
@@ -103,6 +106,32 @@ def several(world: World, cases: list[Case]) -> list[dict[str, Any]]:
     return found
 
 
+def dropped(world: World) -> dict[str, Any]:
+    """What two ranks that share a model draw, and gradients with dropout everywhere, kept and computed again."""
+    from pretrain.models.tensor_parallel import own_draws
+
+    world, config = world.divided(2), EngineConfig(kind="local", tensor_parallel=2)
+    module = module_of("janus", torch.float64, dropout=0.3, attention_dropout=0.3, activation_dropout=0.3)
+    build(config, OPTIM, module, world)
+    (batch, *_), scale = window(module.objective, 0, 1)
+    found: dict[str, Any] = {"gradients": []}
+    for again in (False, True):
+        module.model.checkpointing = again
+        rng.seed(1, world.data_rank)
+        module.zero_grad()
+        module(batch, scale)[0].backward()
+        found["gradients"].append({key: p.grad.numpy().copy() for key, p in module.named_parameters()})
+    found["memory"] = module.model.encode(batch.source).detach().numpy()
+    with own_draws(world.tensor_rank, world.device):
+        found["own"] = torch.rand(4).numpy()
+    found["shared"] = torch.rand(4).numpy()
+    return found
+
+
+def quick(world: World) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    return several(world, QUICK), dropped(world)
+
+
 def judged(name: str, kind: str) -> dict[str, Any]:
     """The same on this rank alone."""
     world = World(0, 1, 0, torch.device("cpu"))
@@ -127,8 +156,7 @@ def same(ranks: list[dict[str, Any]], judge: dict[str, Any], degree: int, tolera
             )
 
 
-def compare(world: int, cases: list[Case]) -> None:
-    shared = run_ranks(several, world, cases, timeout=900)
+def compare(shared: list[list[dict[str, Any]]], cases: list[Case]) -> None:
     for case, ranks in zip(cases, zip(*shared, strict=True), strict=True):
         name, kind, engine = case
         judge = judged(name, kind)
@@ -137,8 +165,43 @@ def compare(world: int, cases: list[Case]) -> None:
             assert all(one["previews"] == judge["previews"] for one in ranks), case
 
 
-def test_two_ranks_that_share_a_model_compute_what_one_does() -> None:
-    compare(2, QUICK)
+@pytest.fixture(scope="module")
+def two() -> Any:
+    return run_ranks(quick, 2)
+
+
+def test_two_ranks_that_share_a_model_compute_what_one_does(two: Any) -> None:
+    compare([rank[0] for rank in two], QUICK)
+
+
+def test_ranks_that_share_a_model_drop_the_same_states_and_their_own_attention(two: Any) -> None:
+    one, other = (rank[1] for rank in two)
+    np.testing.assert_array_equal(one["memory"], other["memory"])
+    np.testing.assert_array_equal(one["shared"], other["shared"])
+    assert not np.array_equal(one["own"], other["own"])
+    for rank in (one, other):
+        kept, again = rank["gradients"]
+        for key, gradient in kept.items():
+            np.testing.assert_allclose(again[key], gradient, rtol=1e-10, atol=1e-14, err_msg=key)
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    shape = SHAPE.model_copy(update={"vocab_size": 100, "heads": 4, "ffn_dim": 24})
+    check(shape, 4)
+    for changes, degree, message in (
+        ({}, 3, r"`model\.heads` must be a multiple of `engine\.tensor_parallel` \(3\), got 4"),
+        ({"ffn_dim": 30}, 4, r"`model\.ffn_dim` must be a multiple of .* \(4\), got 30"),
+        ({"vocab_size": 9, "heads": 8, "ffn_dim": 24}, 8, r"`model\.vocab_size` must give each of 8 ranks a part"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(shape.model_copy(update=changes), degree)
+    alone = World(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"`engine\.tensor_parallel` must divide the number of ranks \(1\), got 2"):
+        alone.divided(2)
+    with pytest.raises(ConfigError, match=r"`engine\.tensor_parallel` must be 1 here, got 2"):
+        build(EngineConfig(kind="local", tensor_parallel=2), OPTIM, module_of("janus", torch.float64), alone)
+    with pytest.raises(ConfigError, match=r"`train\.cosine_every` must be 0 with `engine\.tensor_parallel` above 1"):
+        cosine.check(5, EngineConfig(kind="local", tensor_parallel=2), None)
 
 
 @pytest.mark.slow
@@ -146,17 +209,18 @@ def test_two_ranks_that_share_a_model_compute_what_one_does() -> None:
 @pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("kind", ["float64", "float32"])
 def test_four_ranks_that_share_models_compute_what_one_does(degree: int, kind: str) -> None:
-    compare(4, [case for case in LOCAL if case[1] == kind and case[2]["tensor_parallel"] == degree])
+    cases = [case for case in LOCAL if case[1] == kind and case[2]["tensor_parallel"] == degree]
+    compare(run_ranks(several, 4, cases, timeout=900), cases)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_zero_stage_over_shared_models(world: int) -> None:
-    compare(world, ZERO)
+    compare(run_ranks(several, world, ZERO, timeout=900), ZERO)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_offload_and_activation_checkpointing_change_no_number() -> None:
-    compare(2, SAVING)
+    compare(run_ranks(several, 2, SAVING, timeout=900), SAVING)
