@@ -70,13 +70,21 @@ def _plan(commands: Commands) -> None:
     parser.add_argument(
         "--measure", action=argparse.BooleanOptionalAction, default=None, help="run a few updates here to tell the time"
     )
+    parser.add_argument(
+        "--simulate", metavar="NODESxGPUS", help="batches, messages and an estimated time on a cluster, for example 4x8"
+    )
+    parser.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=NUMBER",
+        help="for --simulate: peak_tflops and reached (a part of 1) of a GPU, node_gb and network_gb (GB/s it sends "
+        "inside and out of its machine); repeatable",
+    )  # fmt: skip
     parser.set_defaults(run=_run_plan)
 
 
 def _run_plan(given: argparse.Namespace) -> None:
     from pretrain.report.plan import plan
 
-    plan(given.config, given.overrides, given.ranks, given.measure)
+    plan(given.config, given.overrides, given.ranks, given.measure, given.simulate, given.assume)
 
 
 def _train(commands: Commands) -> None:

@@ -94,9 +94,9 @@ def build_module(settings: RunConfig, dataset: ShardDataset) -> ObjectiveModule:
 def build_stream(settings: RunConfig, dataset: ShardDataset, objective: Any, world: World) -> SampleStream:
     """The stream of training samples, after checking that every rank can have one."""
     corpus = ShardCorpus(dataset, "train")
-    if sum(corpus.sizes) < world.size:
+    if sum(corpus.sizes) < world.data_size:
         raise DataError(
-            f"`{settings.data.path}` must have at least one training sample for each of {world.size} ranks, "
+            f"`{settings.data.path}` must have at least one training sample for each of {world.data_size} ranks, "
             f"it has {sum(corpus.sizes)}"
         )
     return SampleStream(

@@ -122,6 +122,7 @@ class EngineConfig(Section):
 
     kind: Literal["deepspeed", "local"] = "deepspeed"
     zero_stage: int = Field(2, ge=0, le=3)
+    tensor_parallel: int = Field(1, ge=1, le=1024, description="neighbouring ranks that share one model")
     offload: Literal["none", "optimizer", "all"] = "none"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False

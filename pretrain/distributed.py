@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -31,12 +31,36 @@ MadeT = TypeVar("MadeT")
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among the ranks, and where its tensors live."""
+    """Who this process is among the ranks, and where its tensors live.
+
+    tensor_parallel: ranks that share one model; neighbours, which read the same data.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    tensor_parallel: int = 1
+
+    @property
+    def tensor_rank(self) -> int:
+        """The place of this rank among those that share its model."""
+        return self.rank % self.tensor_parallel
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data is this rank's, of `data_size`."""
+        return self.rank // self.tensor_parallel
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.tensor_parallel
+
+    def divided(self, degree: int) -> "World":
+        """The same ranks with `degree` of them to a model; raises ConfigError where they do not divide."""
+        if self.size % degree:
+            raise ConfigError(f"`engine.tensor_parallel` must divide the number of ranks ({self.size}), got {degree}")
+        return replace(self, tensor_parallel=degree)
 
 
 def init(device: str = "auto") -> World:

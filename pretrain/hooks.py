@@ -78,13 +78,14 @@ class Validation:
         if not report.due(self.every):
             return
         objective = self.engine.module.objective
-        counts, _ = global_counts(objective, self.batches)
+        copies = self.engine.world.tensor_parallel
+        counts, _ = global_counts(objective, self.batches, copies=copies)
         sums = dict.fromkeys(counts, 0.0)
         for batch in self.batches:
             stop_if_signalled()
             for term, value in self.engine.evaluate([batch]).items():
                 sums[term] += float(value)
-        losses = global_means(sums, counts)
+        losses = global_means(sums, counts, copies)
         values = {f"valid/{term}": value for term, value in losses.items()}
         values["valid/total"] = self.scores["valid/total"] = weighted(losses, objective.weights)
         if self.board:

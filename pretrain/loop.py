@@ -162,7 +162,8 @@ def fit(
             the guard does not pardon it.
         ParlanceError: what one rank met when it read its window, on every rank.
     """
-    objective, guard = engine.module.objective, guard or Guard()
+    objective, copies = engine.module.objective, engine.world.tensor_parallel
+    guard = guard or Guard()
     while progress.step < steps:
         started = time.perf_counter()
         window: Window | None = None
@@ -176,7 +177,7 @@ def fit(
         waited = time.perf_counter() - started
         step, lr = progress.step + 1, learning_rate(progress.step)
 
-        counts, extent = global_counts(objective, window.batches if window else (), error, facts)
+        counts, extent = global_counts(objective, window.batches if window else (), error, facts, copies)
         assert window is not None
         try:
             losses, result, computed = update(engine, window.batches, counts, step, lr, guard)
@@ -226,7 +227,7 @@ def update(
         # as numbers, so that the device has done the work that this rank is measured by
         sums = {term: float(value) for term, value in engine.accumulate(batches, scale).items()}
         computed = time.perf_counter() - started
-        losses = global_means(sums, counts)
+        losses = global_means(sums, counts, engine.world.tensor_parallel)
         try:
             blame.check_losses(engine, losses, sums, step)
             guard.check(step, weighted(losses, weights))
@@ -240,11 +241,15 @@ def update(
 
 
 def global_counts(
-    objective: Any, batches: Sequence[Any], error: ParlanceError | None = None, facts: Facts = NO_FACTS
+    objective: Any,
+    batches: Sequence[Any],
+    error: ParlanceError | None = None,
+    facts: Facts = NO_FACTS,
+    copies: int = 1,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """({term: count}, {"tokens": target tokens, fact: sum}) of the batches of all ranks; one collective.
 
-    error: why this rank has no batches, which is then raised on every rank.
+    error: why this rank has no batches, which is then raised on every rank. copies: ranks that have the same ones.
     """
     mine = {f"term/{term}": 0 for term in objective.weights} | {"errors": int(error is not None)}
     extent = {"tokens": lambda batch: batch.n_tokens, **facts}
@@ -255,14 +260,17 @@ def global_counts(
     everywhere = sum_counts(mine)
     if everywhere["errors"]:
         agree(error)
-    counts = {term: int(everywhere[f"term/{term}"]) for term in objective.weights}
-    return counts, {name: int(everywhere[name]) for name in extent}
+    counts = {term: int(everywhere[f"term/{term}"]) // copies for term in objective.weights}
+    return counts, {name: int(everywhere[name]) // copies for name in extent}
 
 
-def global_means(sums: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, float]:
-    """{term: mean} over all ranks of the terms that occurred; one collective, so every rank sees the same NaN."""
+def global_means(sums: Mapping[str, Any], counts: Mapping[str, int], copies: int = 1) -> dict[str, float]:
+    """{term: mean} over all ranks of the terms that occurred; one collective, so every rank sees the same NaN.
+
+    copies: ranks that have the same sums.
+    """
     everywhere = sum_counts({term: float(sums[term]) for term in counts})
-    return {term: everywhere[term] / count for term, count in counts.items() if count}
+    return {term: everywhere[term] / (copies * count) for term, count in counts.items() if count}
 
 
 def weighted(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:

@@ -197,7 +197,7 @@ class Run:
             report, self.unfinished = self.unfinished, None
             self.policy.forget(report)
             hooks.after_step(replace(report, last=report.step == steps))
-        windows = self.stream.windows(self.progress.position, self.world.rank, self.world.size)
+        windows = self.stream.windows(self.progress.position, self.world.data_rank, self.world.data_size)
         with closing(windows):  # a generator: its end ends its workers
             read, facts = self._awaited(windows, signals), flops.facts(self.model)
             rates = partial(learning_rate, config=rate, total_steps=steps)
@@ -216,7 +216,8 @@ class Run:
         train = self.settings.train
         hooks: list[Hook] = [self, self.policy, *(hook for hook in (self.console, self.board) if hook)]
         if train.validate_every and self.stream.valid is not None:
-            batches = self.stream.fixed_batches(train.validate_batches, self.world.rank, self.world.size)
+            share = self.world.data_rank, self.world.data_size
+            batches = self.stream.fixed_batches(train.validate_batches, *share)
             hooks.append(Validation(self.engine, batches, train.validate_every, self.board, self.note, self.scores))
         if train.cosine_every:
             hooks.append(GradientCosine(self.engine, self.stream.preview(PREVIEWS), train.cosine_every, self.board))
@@ -296,7 +297,7 @@ class Run:
         saved = checkpoint.load_latest(self.store, self.engine, self.world, self.settings.seed)
         self.policy.past(distributed.rank_zero(self._past))
         if saved is None:
-            rng.seed(self.settings.seed, 0, self.world.rank)
+            rng.seed(self.settings.seed, 0, self.world.data_rank)
             return Progress()
         kernels = self.model.backend
         if saved.get("kernels") != kernels:
@@ -361,8 +362,8 @@ class Run:
 
     def _slow(self, step: int, rank: int, host: str, seconds: float, data: float, usual: float) -> None:
         if self.note:
-            times = f"{seconds:.3g} s an update, {data:.3g} of them for data, the others {usual:.3g} s"
-            self.note(f"rank {rank} on {host} is slow: {times}")
+            told = f"{seconds:.3g} s an update, {data:.3g} of them for data, the others {usual:.3g} s"
+            self.note(f"rank {rank} on {host} is slow: {told}")
         times = {"seconds": round(seconds, 4), "data_seconds": round(data, 4), "others_seconds": round(usual, 4)}
         self._record("slow", step, rank=rank, slow_host=host, **times)
 

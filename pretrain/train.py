@@ -53,6 +53,7 @@ def main(
         lost, limit = partial(runs.record_lost, given.run_dir), given.train.hang_seconds
         stack.enter_context(Watchdog(world, limit, lost, given.run_dir))
         check_same("the configuration", flatten({**given.model_dump(mode="json"), "deepspeed": user}), ConfigError)
+        world = together(lambda: world.divided(given.engine.tensor_parallel))
         dataset = together(lambda: ShardDataset(given.data.path, given.data.on_bad_shard))
         data = {**runs.fingerprint(dataset.manifest), "skipped": dataset.skipped_shards}
         check_same(f"the data in `{given.data.path}`", data, DataError)
@@ -97,7 +98,7 @@ def masks(run: Run, dataset: ShardDataset) -> dict[str, np.ndarray]:
 def derived(run: Run, settings: RunConfig, dataset: ShardDataset) -> list[str]:
     """What follows from the configuration, for people to check before they wait."""
     stream, step, steps, engine = run.stream, run.progress.step, settings.train.steps, settings.engine
-    plan = stream.plan_step(run.progress.position, run.world.size)
+    plan = stream.plan_step(run.progress.position, run.world.data_size)
     micros, parameters = len(plan.micro[0]), sum(math.prod(shape) for shape in run.engine.shapes().values())
     how = f"deepspeed ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else "local"
     epochs = stream.epoch(plan.count * steps)

@@ -11,9 +11,11 @@ from parlance_kernels.offramp_stats.op import offramp_stats
 from parlance_kernels.sample_attention.mask import SampleMask
 from parlance_kernels.sample_attention.op import sample_attention
 from parlance_kernels.vocab_loss.op import vocab_loss
+from parlance_kernels.vocab_part import VocabPart
 
 __all__ = [
     "SampleMask",
+    "VocabPart",
     "available_backends",
     "exit_copy",
     "offramp_stats",

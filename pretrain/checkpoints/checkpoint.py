@@ -2,7 +2,8 @@
 
     state.json, state-rank{r}.safetensors    the engine (engine/state.py)
     rng-rank{r}.safetensors                  the generators of each rank
-    progress.json                            {"format", "step", "ranks", "progress": what the run wants back}
+    progress.json                            {"format", "step", "ranks", "tensor_parallel",
+                                              "progress": what the run wants back}
 
 Every function but `read_progress` is collective. Rank 0 alone renames and deletes; an error on any rank is raised on
 all of them.
@@ -59,18 +60,18 @@ def load_latest(store: Store, engine: Engine, world: World, seed: int) -> dict[s
 def load(path: Path, engine: Engine, world: World, seed: int) -> dict[str, Any]:
     """Sets engine and generators to those of the commit at `path` and returns its progress.
 
-    With the number of ranks it was saved with, each rank gets its own generators back and goes on bit by bit; with
-    another number they are seeded from (seed, step, rank).
+    With the number of ranks and the degree of tensor parallelism it was saved with, each rank gets its own generators
+    back and goes on bit by bit; with others they are seeded from (seed, step, data-parallel rank).
     """
     state.load(engine, path)
     error: ParlanceError | None = None
     progress: dict[str, Any] = {}
     try:
         content = read_progress(path)
-        if content["ranks"] == world.size:
+        if (content["ranks"], content.get("tensor_parallel", 1)) == (world.size, world.tensor_parallel):
             rng.restore(path / f"rng-rank{world.rank}.safetensors")
         else:
-            rng.seed(seed, content["step"], world.rank)
+            rng.seed(seed, content["step"], world.data_rank)
         progress = content["progress"]
     except CheckpointError as problem:
         error = problem

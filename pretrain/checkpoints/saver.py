@@ -116,7 +116,8 @@ class Saver:
         if self._started is not None:
             raise RuntimeError(f"the save of step {self._started.step} must be finished before that of step {step}")
         began, paused = time.perf_counter(), self.patience.paused
-        content = {"format": FORMAT, "step": step, "ranks": self.world.size, "progress": progress}
+        ranks = {"ranks": self.world.size, "tensor_parallel": self.world.tensor_parallel}
+        content = {"format": FORMAT, "step": step, **ranks, "progress": progress}
         text = json.dumps(content, indent=1, allow_nan=False)
         copied, generators = state.copy(self.engine, self._memory), rng.capture()
         staging = Path(self._on_rank_zero(lambda: str(self.store.begin(step))))

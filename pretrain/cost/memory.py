@@ -6,11 +6,15 @@ estimates of what torch's operators keep (tests compare both with what really is
     activations = floats that autograd saves a row x rows + copies of keys and values + the scores of attention dropout
     a row of an encoder layer saves 9 D + 2 F floats, of a decoder layer 12 D + 2 F, dropout one D for each use
 
+Of ranks that share a model each holds its part of most weights; of a row it saves 4 D whole in the encoder, 6 D in the
+decoder, and its part of what lies inside attention and feed-forward.
+
 Shapes: R rows, L rows with a use, D width, F feed-forward width, V vocabulary.
 """
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -33,6 +37,11 @@ GATHERED = 1_000_000_000
 CHUNK_TENSORS = 4
 # bytes around the generators of a rank: headers, lines of the manifest
 RANK_FILES = 1024
+# Parameters that ranks share evenly, and by rows of the vocabulary, of which the last ones may stand for nothing.
+CUT = {
+    "even": re.compile(r"\.(q_proj|k_proj|v_proj|fc1)\.|\.(out_proj|fc2)\.weight$"),
+    "rows": re.compile(r"(^|\.)(shared|ramps\.\d+)\.weight$"),
+}
 # [heads, rows, keys] tensors that attention with dropout saves where no fused kernel does it: on a CPU
 DROPPED_SCORES = 3
 
@@ -53,12 +62,15 @@ class Memory:
 def rank_memory(
     model: nn.Module, config: ModelConfig, engine: EngineConfig, ranks: int, device: str, activations: int
 ) -> Memory:
-    """The memory of one of `ranks` ranks at the worst moment of an update.
+    """The memory of one of `ranks` ranks at the worst moment of an update: when a micro-batch but the first has been
+    through the forward, or when gradients are reduced.
 
     model: for the shapes of its parameters, may be on `meta`. device: `cpu` or `cuda`.
     activations: bytes, from `activation_bytes`.
     """
-    sizes = [parameter.numel() for parameter in model.parameters()]
+    degree = engine.tensor_parallel
+    ranks //= degree
+    sizes = part_sizes(model, degree)
     count, half = sum(sizes), engine.precision != "fp32"
     low = 2 if half else FULL
     local = engine.kind == "local"
@@ -67,36 +79,53 @@ def rank_memory(
     bucket = FULL * max(min(count, BUCKET), max(sizes))
     masters = FULL * (count if local else share) if half or stage else 0
     moments = 2 * FULL * (share if stage else count)
-    # What a deepspeed of each stage allocates around a backward; measured, see the tests.
+    # What a deepspeed of each stage keeps, and what it allocates besides when gradients are reduced; measured, see the
+    # tests. By then the activations are gone.
     many = ranks > 1 and not local
-    buffers = (FULL * count * many, bucket, 3 * bucket, 4 * bucket)[stage]
+    kept, reducing = ((0, FULL * count * many), (0, 2 * bucket), (0, 2 * bucket), (bucket, 2 * bucket))[stage]
     if stage == 0:
         gradients = (FULL + low * half) * count
     elif stage == 1:
         gradients = (FULL + low) * count if half else FULL * (count + share)
-        buffers = 2 * FULL * count * many if half else buffers
+        reducing = 2 * FULL * count * many if half else reducing
     else:
         gradients = FULL * share
     weights = low * (share + min(count, GATHERED)) if stage == 3 else low * count
 
+    heads = config.decoder_layers if config.off_ramps == "separate" else 1  # each holds its gradient until the backward
+    vocabulary = FULL * -(-(config.vocab_size or 0) // degree) * (heads * config.d_model + CHUNK_TENSORS * CHUNK_ROWS)
+    buffers = kept + max(0, reducing - activations - vocabulary)
     parts = {"weights": weights, "gradients": gradients, "masters": masters, "optimizer": moments, "buffers": buffers}
     host: dict[str, int] = {}
     if engine.offload != "none":
         host = {"masters": parts.pop("masters"), "optimizer": parts.pop("optimizer"), "gradients": FULL * share}
+        if stage < 3:  # beside the sums that the optimizer reads, those of the micro-batches; room to move the largest
+            host["gradients"] += FULL * (share + max(sizes))
+            parts["buffers"] += FULL * max(sizes)
     if engine.offload == "all":
         host["weights"] = low * share
         parts["weights"] -= low * share
-    heads = config.decoder_layers if config.off_ramps == "separate" else 1  # each holds its gradient until the backward
-    vocabulary = FULL * (config.vocab_size or 0) * (heads * config.d_model + CHUNK_TENSORS * CHUNK_ROWS)
     return Memory({**parts, "activations": activations, "vocabulary loss": vocabulary}, host)
 
 
+def part_sizes(model: nn.Module, degree: int) -> list[int]:
+    """Numbers that a rank has of each parameter where `degree` ranks share the model, as `models.tensor_parallel`
+    cuts it; `model` may be on `meta`."""
+    sizes = []
+    for name, parameter in model.named_parameters():
+        rows, kind = len(parameter), next((kind for kind, names in CUT.items() if names.search(name)), None)
+        each = parameter.numel() // degree if kind == "even" else parameter.numel() // rows * -(-rows // degree)
+        sizes.append(each if kind else parameter.numel())
+    return sizes
+
+
 def activation_bytes(
-    config: ModelConfig, batch: TokenBatch, precision: str, device: str, checkpointing: bool = False
+    config: ModelConfig, batch: TokenBatch, precision: str, device: str, checkpointing: bool = False, degree: int = 1
 ) -> int:
     """Bytes that autograd saves for the backward of one micro-batch, without the vocabulary loss.
 
-    checkpointing: only the inputs of the layers are kept, and the insides of one layer at a time.
+    checkpointing: only the inputs of the layers are kept, and the insides of one layer at a time. degree: ranks that
+    share the model.
     """
     width, low = config.d_model, FULL if precision == "fp32" else 2
     source, rows = batch.source, batch.rows
@@ -106,16 +135,17 @@ def activation_bytes(
 
     def scores(*masks: SampleMask) -> float:
         on = config.attention_dropout > 0 and device == "cpu"
-        return DROPPED_SCORES * config.heads * sum(_extent(mask) for mask in masks) if on else 0.0
+        return DROPPED_SCORES * config.heads / degree * sum(_extent(mask) for mask in masks) if on else 0.0
 
     def decoder_layer(work: LayerWork) -> float:
-        floats = work.rows * (12 * width + 2 * config.ffn_dim + 3 * width * dropped)
+        floats = work.rows * (6 * width + (6 * width + 2 * config.ffn_dim) / degree + 3 * width * dropped)
         masks = work.self_mask, work.cross_mask
         if work.gathered:  # the table of states, and a key and value for each that is read
-            floats += width * (work.keys + 2 * max(0, work.self_mask.n_keys - work.rows))
-        return floats + 2 * width * sum(map(_copied, masks)) + scores(*masks)
+            floats += width * (work.keys + 2 / degree * max(0, work.self_mask.n_keys - work.rows))
+        return floats + 2 * width / degree * sum(map(_copied, masks)) + scores(*masks)
 
-    encoder = n_source * (9 * width + 2 * config.ffn_dim + 2 * width * dropped) + scores(source.mask)
+    inside = 5 * width + 2 * config.ffn_dim
+    encoder = n_source * (4 * width + inside / degree + 2 * width * dropped) + scores(source.mask)
     decoder = [decoder_layer(work) for work in rows.work(config.decoder_layers)]
     kept = (n_source + n_rows) * width * (1 + dropped) + (n_source + n_rows) * width
     kept += 3 * width * batch.fed_rows

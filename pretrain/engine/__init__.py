@@ -2,7 +2,7 @@
 
 Two implementations of `base.Engine`: plain torch (`local`) and ZeRO 0-3 (`deepspeed`). Their state on disk (`state`:
 full fp32 tensors by parameter name) is the same, so that a run moves between them, between ZeRO stages and between
-numbers of ranks without a conversion.
+numbers of ranks, between degrees of tensor parallelism too, without a conversion.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ from pretrain.config import EngineConfig, OptimConfig
 from pretrain.distributed import World, shared, together
 from pretrain.engine.base import Engine, StepResult
 from pretrain.engine.calls import CallGuard
+from pretrain.engine.tensor_parallel import TensorParallel
+from pretrain.engine.tensor_parallel import check as check_cut
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import ObjectiveModule
 
@@ -35,12 +37,17 @@ def build(
     Raises:
         ConfigError: a combination that does not work, or a `user` key that conflicts with the configuration.
     """
-    together(lambda: _check(config, world))
+    together(lambda: _check(config, world, module))
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             raise shared(ConfigError(f"parameter `{name}` must be trainable: an engine updates every parameter"))
+    shared_by = None
+    if world.tensor_parallel > 1:
+        shared_by = TensorParallel(module, world)
     module.to(world.device)
-    if world.size > 1:
+    if shared_by is not None:
+        shared_by.broadcast(module)
+    elif world.size > 1:
         for value in module.state_dict().values():
             dist.broadcast(value, src=0)
     guard = CallGuard(module, world) if config.check_calls else None  # its hooks must come before the engine's
@@ -48,17 +55,23 @@ def build(
     if config.kind == "local":
         from pretrain.engine.local import LocalEngine
 
-        engine = LocalEngine(config, optim, module, world)
+        engine = LocalEngine(config, optim, module, world, shared_by)
     else:  # deepspeed takes seconds to import, and plain-torch runs must work without it
         from pretrain.engine.deepspeed import DeepSpeedEngine
 
-        engine = DeepSpeedEngine(config, optim, module, world, user or {})
+        engine = DeepSpeedEngine(config, optim, module, world, user or {}, shared_by)
     engine.guard = guard
     return engine
 
 
-def _check(config: EngineConfig, world: World) -> None:
+def _check(config: EngineConfig, world: World, module: ObjectiveModule) -> None:
     stage, local = config.zero_stage, config.kind == "local"
+    if config.tensor_parallel != world.tensor_parallel:
+        raise ConfigError(
+            f"`engine.tensor_parallel` must be {world.tensor_parallel} here, got {config.tensor_parallel}"
+        )
+    if world.tensor_parallel > 1:
+        check_cut(module.model.config, world.tensor_parallel)
     if config.precision == "fp16" and world.device.type == "cpu":
         raise ConfigError("`engine.precision` must be fp32 or bf16 on a CPU, got fp16")
     if config.precision == "fp16" and local:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.distributed import World
 from pretrain.engine.calls import CallGuard
+from pretrain.engine.tensor_parallel import TensorParallel
 from pretrain.objectives.base import LossSums, ObjectiveModule, Packed
 
 
@@ -42,6 +43,7 @@ class Engine(ABC):
     loss_factor: float
     whole_gradients: bool = True
     guard: CallGuard | None = None
+    shared_by: TensorParallel | None = None  # ranks that have a part of the model each
     _adam: torch.optim.Optimizer
 
     def accumulate(self, batches: Sequence[Packed], scale: Mapping[str, float]) -> LossSums:
@@ -107,24 +109,27 @@ class Engine(ABC):
         state = self.module.state_dict(keep_vars=True)
         return {name: value.detach() for name, value in state.items() if name not in weights}
 
-    @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The full shape of every parameter."""
+        shapes = self._shapes()
+        return shapes if (by := self.shared_by) is None else {n: by.shape(n, shape) for n, shape in shapes.items()}
 
-    @abstractmethod
     def whole(self, name: str) -> dict[str, Tensor]:
         """{"param", "exp_avg", "exp_avg_sq"}: the full master tensors of a parameter, wherever they are; collective.
 
         They may be the very tensors that the next update changes.
         """
+        state = self._whole(name)
+        return state if (by := self.shared_by) is None else {key: by.whole(name, part) for key, part in state.items()}
 
     def read(self, name: str) -> dict[str, Tensor]:
         """What `whole` finds, copied to the CPU; collective."""
         return {key: value.cpu().clone() for key, value in self.whole(name).items()}
 
-    @abstractmethod
     def write(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Sets some or all of what `read` returns; takes effect for the forward with `refresh`."""
+        by = self.shared_by
+        self._write(name, state if by is None else {key: by.part(name, whole) for key, whole in state.items()})
 
     @abstractmethod
     def refresh(self) -> None:
@@ -157,17 +162,31 @@ class Engine(ABC):
         """Called before the first micro-batch of an update."""
 
     @abstractmethod
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """`shapes` of what this rank and its data-parallel ranks have; so `_whole` and `_write`."""
+
+    @abstractmethod
+    def _whole(self, name: str) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _write(self, name: str, state: Mapping[str, Tensor]) -> None: ...
+
+    @abstractmethod
     def _forward(self, batch: Any, scale: Mapping[str, float]) -> LossSums: ...
 
     @abstractmethod
     def _forward_backward(self, batch: Any, scale: Mapping[str, float], last: bool) -> LossSums: ...
 
 
-def clip(parameters: Sequence[Tensor], limit: float) -> float:
-    """Scales the gradients so that their global norm is at most `limit` (0: any); returns the norm before."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def clip(masters: Mapping[nn.Parameter, Tensor], limit: float, shared_by: TensorParallel | None = None) -> float:
+    """Scales the gradients so that their global norm is at most `limit` (0: any); returns the norm before.
+
+    masters: {parameter: the tensor that has its gradient}.
+    """
+    gradients = [(p, master.grad) for p, master in masters.items() if master.grad is not None]
+    norm = shared_by.norm(gradients) if shared_by else nn.utils.get_total_norm([grad for _, grad in gradients])
     if limit > 0:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        nn.utils.clip_grads_with_norm_(masters.values(), limit, norm)
     return float(norm)
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.distributed import World, together
 from pretrain.engine.base import Engine, StepResult, clip, nothing_to_gather
+from pretrain.engine.tensor_parallel import TensorParallel
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import LossSums, ObjectiveModule
 from pretrain.optim import MOMENTS, adamw, create_state, parameter_groups
@@ -35,27 +36,33 @@ class DeepSpeedEngine(Engine):
     """ZeRO stage 0 keeps everything on every rank, 1 shards optimizer state, 2 gradients too, 3 weights too."""
 
     def __init__(
-        self, config: EngineConfig, optim: OptimConfig, module: ObjectiveModule, world: World, user: Mapping[str, Any]
+        self,
+        config: EngineConfig,
+        optim: OptimConfig,
+        module: ObjectiveModule,
+        world: World,
+        user: Mapping[str, Any],
+        shared_by: TensorParallel | None = None,
     ) -> None:
         deepspeed = _import(world)
-        self.module, self.world = module, world
-        self.loss_factor = float(world.size)  # gradients are averaged over ranks
+        self.module, self.world, self.shared_by = module, world, shared_by
+        self.loss_factor = float(world.data_size)  # gradients are averaged over ranks
         self._stage, self._clip = config.zero_stage, optim.clip
         self.whole_gradients = self._stage < 3
-        self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        self._own_shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         # deepspeed makes its masters from weights it has rounded to 16 bits; they shall start unrounded
         exact = {} if config.precision == "fp32" else {n: p.detach().clone() for n, p in module.named_parameters()}
         derived = derive(config, optim, sum(p.numel() for p in module.parameters()))
         merged = together(lambda: merge(derived, user))
         self._adam = adamw(parameter_groups(module, optim.weight_decay), optim)
         with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints memory figures
-            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=merged)
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=merged, mpu=shared_by)
         self._zero: Any = self._engine.optimizer
         create_state(self._adam, self._flat())
         if self._stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()  # links the moments to the parameters they belong to
         for name, value in exact.items():
-            self.write(name, {"param": value})
+            self._write(name, {"param": value})
         self.refresh()
         if config.precision == "fp16":
             # at the smallest scale the loop decides what to do about another overflow
@@ -65,7 +72,7 @@ class DeepSpeedEngine(Engine):
         for group in self._adam.param_groups:
             group["lr"] = lr
         if self._stage == 0:  # plain AdamW underneath: no norm, no check
-            norm = clip(list(self.module.parameters()), self._clip)
+            norm = clip({p: p for p in self.module.parameters()}, self._clip, self.shared_by)
             if norm < float("inf"):
                 self._engine.step()
                 return StepResult(norm, True)
@@ -114,10 +121,10 @@ class DeepSpeedEngine(Engine):
 
     # ------------------------------------------------------------------- state
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._own_shapes
 
-    def whole(self, name: str) -> dict[str, Tensor]:
+    def _whole(self, name: str) -> dict[str, Tensor]:
         parameter: Any = self.module.get_parameter(name)
         state = {}
         for key in ("param", *MOMENTS):
@@ -128,11 +135,11 @@ class DeepSpeedEngine(Engine):
                 value = self._zero.get_full_hp_param(parameter, moment)
             else:
                 value = parameter.get_full_hp_param(moment)
-            state[key] = value.detach().reshape(self._shapes[name])
+            state[key] = value.detach().reshape(self._own_shapes[name])
         return state
 
     @torch.no_grad()
-    def write(self, name: str, state: Mapping[str, Tensor]) -> None:
+    def _write(self, name: str, state: Mapping[str, Tensor]) -> None:
         parameter: Any = self.module.get_parameter(name)
         for key, value in state.items():
             if self._stage == 0:
@@ -145,7 +152,7 @@ class DeepSpeedEngine(Engine):
     def _write_shard(self, parameter: Any, key: str, value: Tensor) -> None:
         # deepspeed's own setter of full values fails where the last shard is padded
         size = parameter.partition_numel()
-        shard = value.flatten()[size * self.world.rank : size * (self.world.rank + 1)]
+        shard = value.flatten()[size * self.world.data_rank : size * (self.world.data_rank + 1)]
         shard = F.pad(shard, (0, size - shard.numel()))
         self._zero.set_local_hp_param(shard, parameter, None if key == "param" else key)
 

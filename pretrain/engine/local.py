@@ -9,26 +9,34 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.distributed import World
 from pretrain.engine.base import Engine, StepResult, clip, nothing_to_gather
+from pretrain.engine.tensor_parallel import TensorParallel
 from pretrain.objectives.base import LossSums, ObjectiveModule
 from pretrain.optim import MOMENTS, adamw, create_state, parameter_groups
 
 
 class LocalEngine(Engine):
-    """Every rank holds everything."""
+    """Every rank holds everything, or its part of a model that is shared."""
 
     loss_factor = 1.0
 
-    def __init__(self, config: EngineConfig, optim: OptimConfig, module: ObjectiveModule, world: World) -> None:
-        self.module, self.world = module, world
+    def __init__(
+        self,
+        config: EngineConfig,
+        optim: OptimConfig,
+        module: ObjectiveModule,
+        world: World,
+        shared_by: TensorParallel | None = None,
+    ) -> None:
+        self.module, self.world, self.shared_by = module, world, shared_by
         self._clip = optim.clip
         groups = parameter_groups(module, optim.weight_decay)
-        masters: dict[Tensor, Tensor] = {p: p for p in module.parameters()}
+        masters: dict[nn.Parameter, Tensor] = {p: p for p in module.parameters()}
         if config.precision == "bf16":
             masters = {p: p.detach().clone().requires_grad_() for p in module.parameters()}
             for parameter in module.parameters():  # buffers stay as they are, as in deepspeed
@@ -40,13 +48,13 @@ class LocalEngine(Engine):
         create_state(self._adam, masters.values())
 
     def step(self, lr: float) -> StepResult:
-        masters = list(self._masters.values())
-        for master in masters:
+        group = self.shared_by.data_group if self.shared_by else None
+        for master in self._masters.values():
             if master.grad is None:  # a weight that no term touched decays and loses momentum, as under ZeRO
                 master.grad = torch.zeros_like(master)
-            if self.world.size > 1:
-                dist.all_reduce(master.grad)
-        norm = clip(masters, self._clip)
+            if self.world.data_size > 1:
+                dist.all_reduce(master.grad, group=group)
+        norm = clip(self._masters, self._clip, self.shared_by)
         applied = norm < float("inf")
         if applied:
             for group in self._adam.param_groups:
@@ -62,15 +70,15 @@ class LocalEngine(Engine):
     def gathered(self) -> AbstractContextManager[None]:
         return nothing_to_gather()
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self.parameters().items()}
 
-    def whole(self, name: str) -> dict[str, Tensor]:
+    def _whole(self, name: str) -> dict[str, Tensor]:
         master = self._masters[self.module.get_parameter(name)]
         return {"param": master.detach()} | {key: self._adam.state[master][key] for key in MOMENTS}
 
     @torch.no_grad()
-    def write(self, name: str, state: Mapping[str, Tensor]) -> None:
+    def _write(self, name: str, state: Mapping[str, Tensor]) -> None:
         master = self._masters[self.module.get_parameter(name)]
         for key, value in state.items():
             (master if key == "param" else self._adam.state[master][key]).copy_(value)

@@ -116,7 +116,7 @@ def plan_exits(model: EncoderDecoder, rows: ParallelRows, memory_MD: Tensor, rul
 @torch.no_grad()
 def off_ramp(head: VocabHead, h_LD: Tensor, banned: Sequence[int] = ()) -> Ramp:
     """What a layer's head says about rows that have passed the decoder's last norm; logits exist in blocks alone."""
-    statistics = partial(offramp_stats, banned=banned, overwrite=True, backend=head.backend)
+    statistics = partial(offramp_stats, banned=banned, overwrite=True, backend=head.backend, part=head.part)
     return Ramp(*head(h_LD, reduction=statistics)[:3])
 
 

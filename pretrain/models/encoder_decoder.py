@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from parlance_kernels import exit_copy, resolve, vocab_loss
+from parlance_kernels import VocabPart, exit_copy, resolve, vocab_loss
 from pretrain.config import ModelConfig
 from pretrain.models.exits import ExitRows
 from pretrain.models.ids import SpecialIds
@@ -71,10 +71,12 @@ class VocabTargets:
 class VocabHead(nn.Module):
     """The projection onto the vocabulary. Its weight is `table`'s: the token table itself at the top of the decoder.
 
-    backend: implementation of the operators that reduce its logits.
+    backend: implementation of the operators that reduce its logits. part: the tokens whose logits this rank computes;
+    None: all. Beyond them the weight may have rows that stand for nothing.
     """
 
     bias_V: Tensor | None
+    part: VocabPart | None = None
 
     def __init__(self, table: nn.Embedding, bias: bool, backend: str) -> None:
         super().__init__()
@@ -88,15 +90,21 @@ class VocabHead(nn.Module):
         """Logits [L, V], or with `loss` the results of `vocab_loss` for these rows.
 
         reduction: makes tensors [l] of logits [l, V], which then never exist for more than `MAX_LOGITS` entries. In one
-        forward, because the ranks of ZeRO-3 must call it equally often however many rows they have.
+        forward, because the ranks of ZeRO-3 must call it equally often however many rows they have. Where the head has
+        a `part`, it gets the logits of that part.
         """
+        weight_VD, bias_V, part = self.weight, self.bias_V, self.part
+        if part is not None:
+            weight_VD = weight_VD if len(weight_VD) == part.size else weight_VD[: part.size]
+            bias_V = None if bias_V is None else bias_V[part.start : part.start + part.size]
         if loss is not None:
-            return vocab_loss(h_LD, self.weight, bias_V=self.bias_V, **vars(loss), backend=self.backend)
-        bias_V = None if self.bias_V is None else self.bias_V.to(h_LD.dtype)  # a buffer, too
+            return vocab_loss(h_LD, weight_VD, bias_V=bias_V, **vars(loss), backend=self.backend, part=part)
+        bias_V = None if bias_V is None else bias_V.to(h_LD.dtype)  # a buffer, too
         if reduction is None:
-            return linear(h_LD, self.weight, bias_V)
-        block = max(1, MAX_LOGITS // len(self.weight))
-        parts = [reduction(linear(part, self.weight, bias_V)) for part in h_LD.split(block)]
+            logits_LV = linear(h_LD, weight_VD, bias_V)
+            return logits_LV if part is None else part.joined(logits_LV.detach())
+        block = max(1, MAX_LOGITS // len(weight_VD))
+        parts = [reduction(linear(some_LD, weight_VD, bias_V)) for some_LD in h_LD.split(block)]
         return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 

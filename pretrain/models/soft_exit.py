@@ -53,7 +53,13 @@ def decode_soft(
 @torch.no_grad()
 def likeliest(head: VocabHead, h_RD: Tensor) -> Tensor:
     """int64 [R]: the token that each row would write; logits exist in blocks alone."""
-    (token_R,) = head(h_RD.detach(), reduction=lambda logits_LV: (logits_LV.argmax(dim=1),))
+
+    def best(logits_LV: Tensor) -> tuple[Tensor]:
+        if head.part is None:
+            return (logits_LV.argmax(dim=1),)
+        return (head.part.best(*logits_LV.max(dim=1))[1],)
+
+    (token_R,) = head(h_RD.detach(), reduction=best)
     return token_R
 
 

@@ -20,6 +20,7 @@ from pretrain.models.encoder_decoder import EncoderDecoder
 from pretrain.models.ids import SpecialIds
 from pretrain.models.patterns import nar
 from pretrain.models.rows import DecoderRows, SourceRows, Stream, pack_streams
+from pretrain.models.soft_exit import likeliest
 from pretrain.objectives.base import Example, LossSums, Preview
 from pretrain.objectives.batch import SampleStreams, TokenBatch, decoded_losses, pack_batch, previews
 from pretrain.objectives.cmlm import Cmlm, MaskedOptions
@@ -127,12 +128,8 @@ class CmlmCorr(Cmlm):
         """`batch` with the model's own tokens in the rows to correct; every rank runs the decoder for it."""
         assert isinstance(batch, CorrBatch)
         with torch.no_grad():
-            (guess_C,) = model.head(model.decode(batch.guess, memory_MD), reduction=_likeliest)
+            guess_C = likeliest(model.head, model.decode(batch.guess, memory_MD))
         rows = batch.rows
         assert isinstance(rows, DecoderRows)
         tokens_R = rows.tokens_R.index_copy(0, rows.out_L[batch.term_L == 1], guess_C)
         return replace(batch, rows=replace(rows, tokens_R=tokens_R))
-
-
-def _likeliest(logits_LV: Tensor) -> tuple[Tensor]:
-    return (logits_LV.argmax(dim=1),)

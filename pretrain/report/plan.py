@@ -32,13 +32,19 @@ from pretrain.data.plan import StepPlan
 from pretrain.data.stream import SampleStream, Window
 from pretrain.distributed import World
 from pretrain.engine import build
+from pretrain.engine.tensor_parallel import check as check_cut
 from pretrain.errors import ConfigError, DiskError
 from pretrain.loop import Progress, StepReport, fit
 from pretrain.objectives import ObjectiveModule
+from pretrain.objectives.batch import TokenBatch
 from pretrain.report.findings import shown_bytes
+from pretrain.report.simulate import Assumptions, cluster, simulated
 from pretrain.train import complete_options
 from pretrain.watch.console import clock, short
 
+# GPUs that people have, and what CUDA and the libraries take of each for themselves.
+GPUS, RESERVED = (("80 GB", 80 * 10**9), ("141 GB", 141 * 10**9)), 2 * 10**9
+MOST_GPUS = 4096
 UPDATES = 3  # measured; the first one warms up
 # Without being asked, measure for about so long at most, supposing that this part of the peak is reached.
 PATIENCE_SECONDS, EXPECTED_MFU = 30.0, 0.25
@@ -49,6 +55,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 class Figures:
     """What the table is made of. flops, samples, tokens: of one update over all ranks, the first one. sources: names.
 
+    kept: bytes of activations for each target token of a micro-batch. batches: those of one rank of a world of one.
     data_seconds: one process takes to read, corrupt and pack the samples of an update. done: updates at the newest
     checkpoint of the run, 0 where it has none.
     """
@@ -59,7 +66,9 @@ class Figures:
     module: ObjectiveModule
     ranks: int
     step: StepPlan
+    batches: Sequence[TokenBatch]
     flops: Flops
+    kept: float
     memory: Memory
     capacity: int
     checkpoint: int
@@ -75,11 +84,26 @@ class Figures:
     def fits(self) -> bool:
         return self.memory.total <= self.capacity
 
+    def memory_of(self, ranks: int, device: str) -> Memory:
+        """What a rank of `ranks` holds."""
+        batch, engine, copies = self.settings.batch, self.settings.engine, ranks // self.settings.engine.tensor_parallel
+        # One sample more or less decides which rank has the most.
+        largest = min(batch.micro_max_tokens, self.step.tokens // copies + self.stream.corpus.longest)
+        return rank_memory(self.module, self.settings.model, engine, ranks, device, int(self.kept * largest))
 
-def plan(config_path: str | Path, overrides: Sequence[str] = (), ranks: int = 1, measure: bool | None = None) -> None:
+
+def plan(
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    ranks: int = 1,
+    measure: bool | None = None,
+    simulate: str | None = None,
+    assume: Sequence[str] = (),
+) -> None:
     """Prints the table for `ranks` ranks.
 
-    measure: run updates here to tell the time; None: if they fit and take seconds.
+    measure: run updates here to tell the time; None: if they fit and take seconds. simulate: NODESxGPUS, a cluster that
+    the table is about instead of this machine; assume: what `simulate.Assumptions` takes.
 
     Raises:
         ParlanceError: whatever `train` would refuse; below the table, DiskError if the checkpoints do not fit beside
@@ -92,49 +116,56 @@ def plan(config_path: str | Path, overrides: Sequence[str] = (), ranks: int = 1,
         dataset = ShardDataset(settings.data.path, settings.data.on_bad_shard)
         # The table needs no weights; the bundle has given the shape of the model.
         settings = complete_config(settings, dataset).model_copy(update={"init_from": None})
-        figures = _figures(settings, dataset, world.device, ranks)
+        nodes, gpus = cluster(simulate) if simulate else (1, ranks)
+        assumed = Assumptions.given(assume)
+        asked = World(0, nodes * gpus, 0, world.device).divided(settings.engine.tensor_parallel)
+        check_cut(settings.model, asked.tensor_parallel)
+        figures = _figures(settings, dataset, asked, "cuda" if simulate else world.device.type)
         print(f"plan of {config_path} for {settings.run_dir}; nothing is started")
-        for title, lines in _table(figures, world.device):
+        for title, lines in _table(figures, world.device, simulate is not None):
             print(f"\n{title}", *lines, sep="\n  ")
+        if simulate:
+            step = figures.settings, figures.module, figures.step, figures.batches, figures.flops
+            print(f"\non {nodes} x {gpus} GPUs", *simulated(*step, nodes, gpus, assumed), sep="\n  ", flush=True)
+            return
         print("\ntime", *_time(figures, dataset, world, measure), sep="\n  ", flush=True)
         _check_disk(figures)
         _check_memory(figures)
 
 
-def _figures(settings: RunConfig, dataset: ShardDataset, device: torch.device, ranks: int) -> Figures:
+def _figures(settings: RunConfig, dataset: ShardDataset, world: World, device: str) -> Figures:
+    """device: the kind that activations are kept on."""
     with torch.device("meta"):
         module = build_module(settings, dataset)
-    stream = build_stream(settings, dataset, module.objective, World(0, ranks, 0, device))
+    stream = build_stream(settings, dataset, module.objective, world)
     stream.workers = 0
     started = time.perf_counter()
     with closing(stream.windows(0, 0, 1)) as windows:
         batches: Sequence[Any] = next(windows).batches
     data_seconds = time.perf_counter() - started
-    step, model, engine = stream.plan_step(0, ranks), settings.model, settings.engine
-    # One sample more or less decides which rank has the most.
-    largest = min(settings.batch.micro_max_tokens, step.tokens // ranks + stream.corpus.longest)
-    kept = max(
-        activation_bytes(model, batch, engine.precision, device.type, engine.activation_checkpointing) / batch.n_tokens
-        for batch in batches
-    )
-    return Figures(
+    step, model, engine = stream.plan_step(0, world.data_size), settings.model, settings.engine
+    how = engine.precision, device, engine.activation_checkpointing, engine.tensor_parallel
+    figures = Figures(
         settings=settings,
         sources=[source.name for source in dataset.manifest.sources],
         stream=stream,
         module=module,
-        ranks=ranks,
+        ranks=world.size,
         step=step,
+        batches=batches,
         flops=reduce(add, (batch_flops(model, batch) for batch in batches)),
-        memory=rank_memory(module, model, engine, ranks, device.type, int(kept * largest)),
-        capacity=_capacity(device, ranks),
-        checkpoint=checkpoint_bytes(module, ranks),
+        kept=max(activation_bytes(model, batch, *how) / batch.n_tokens for batch in batches),
+        memory=Memory({}),
+        capacity=_capacity(world.device, world.size),
+        checkpoint=checkpoint_bytes(module, world.size),
         data_seconds=data_seconds,
         done=max((number(commit.name) or 0 for commit in Store(settings.run_dir).commits()), default=0),
     )
+    return replace(figures, memory=figures.memory_of(world.size, device))
 
 
-def _table(figures: Figures, device: torch.device) -> Iterator[tuple[str, list[str]]]:
-    """(title, lines) of each block but the time."""
+def _table(figures: Figures, device: torch.device, elsewhere: bool) -> Iterator[tuple[str, list[str]]]:
+    """(title, lines) of each block but the time. elsewhere: the ranks are not on this machine."""
     settings, step, ranks = figures.settings, figures.step, figures.ranks
     batch, train, engine = settings.batch, settings.train, settings.engine
     micros, samples = len(step.micro[0]), sum(figures.stream.corpus.sizes)
@@ -143,7 +174,9 @@ def _table(figures: Figures, device: torch.device) -> Iterator[tuple[str, list[s
         f"batch: {given} an update",
         [
             f"the first one {step.count:,} samples, {step.tokens:,} target tokens",
-            f"= {ranks} rank(s) x {micros} micro-batch(es) of at most {batch.micro_max_tokens:,} tokens, accumulated",
+            f"= {ranks // engine.tensor_parallel} rank(s) x {micros} micro-batch(es) of at most "
+            f"{batch.micro_max_tokens:,} tokens, accumulated",
+            *([f"each of them {engine.tensor_parallel} that share a model"] if engine.tensor_parallel > 1 else []),
         ],
     )
     epochs = figures.stream.epoch(step.count * train.steps)
@@ -160,16 +193,24 @@ def _table(figures: Figures, device: torch.device) -> Iterator[tuple[str, list[s
 
     how = f"ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else "local"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's memory, shared by ranks"
-    verdict = "fits in" if figures.fits else "does NOT fit in"
     total, room = shown_bytes(figures.memory.total), shown_bytes(figures.capacity)
+    verdict = "" if elsewhere else f", {'fits in' if figures.fits else 'does NOT fit in'} {room} ({where})"
+    saving = "".join(
+        [
+            f", tensor parallel {engine.tensor_parallel}" if engine.tensor_parallel > 1 else "",
+            f", offload of {engine.offload}" if engine.offload != "none" else "",
+            ", activation checkpointing" if engine.activation_checkpointing else "",
+        ]
+    )
     yield (
-        f"memory of a rank, {how} {engine.precision}: {total}, {verdict} {room} ({where})",
+        f"memory of a rank, {how} {engine.precision}{saving}: {total}{verdict}",
         [
             *(f"{shown_bytes(count):>14}  {part}" for part, count in figures.memory.device.items() if count),
             *(f"{shown_bytes(count):>14}  {part}, in the host's memory" for part, count in figures.memory.host.items()),
             "activations and buffers are estimates; Python and torch themselves come on top",
         ],
     )
+    yield "GPUs that it fits on, by the same arithmetic", [_fewest(figures, *gpu) for gpu in GPUS]
     copies, free = train.keep + 1, shutil.disk_usage(_existing(settings.run_dir)).free
     yield (
         f"disk: {shown_bytes(copies * figures.checkpoint)} of {shown_bytes(free)} free",
@@ -183,6 +224,18 @@ def _table(figures: Figures, device: torch.device) -> Iterator[tuple[str, list[s
             for part in ("encoder", "decoder", "attention", "heads")
         ],
     )
+
+
+def _fewest(figures: Figures, name: str, size: int) -> str:
+    """The fewest GPUs of that size, in powers of two times those that share a model."""
+    ranks = figures.settings.engine.tensor_parallel
+    while ranks <= MOST_GPUS:
+        memory = figures.memory_of(ranks, "cuda")
+        if memory.total + RESERVED <= size:
+            host = f" and {shown_bytes(sum(memory.host.values()))} of the host's memory" if memory.host else ""
+            return f"{ranks:,} of {name}: {shown_bytes(memory.total)} each{host}"
+        ranks *= 2
+    return f"none of {name}: {shown_bytes(memory.total)} each on {ranks // 2:,}"
 
 
 def _begun(figures: Figures) -> Iterator[str]:
@@ -206,6 +259,8 @@ def _time(figures: Figures, dataset: ShardDataset, world: World, measure: bool |
     settings, device, work = figures.settings, world.device, figures.flops.training
     if measure is False:
         return ["not measured"]
+    if settings.engine.tensor_parallel > 1:
+        return [f"not measured: {settings.engine.tensor_parallel} ranks would have to run here; --simulate estimates"]
     peak = device_peak(device, settings.engine.precision)
     # Each GPU has a rank of its own; ranks on a CPU are faster together only where one leaves cores to the others.
     cores = len(os.sched_getaffinity(0)) // torch.get_num_threads()

@@ -67,6 +67,8 @@ def check(every: int, engine: EngineConfig, objective: Any) -> None:
         return
     if engine.kind == "deepspeed" and engine.zero_stage == 3:
         raise ConfigError("`train.cosine_every` must be 0 with `engine.zero_stage` 3, which keeps no whole gradient")
+    if engine.tensor_parallel > 1:
+        raise ConfigError("`train.cosine_every` must be 0 with `engine.tensor_parallel` above 1, which cuts gradients")
     if not set(TERMS) <= set(objective.weights):
         terms = ", ".join(objective.weights)
         raise ConfigError(f"`train.cosine_every` must be 0 without the terms ar and nar, the objective has {terms}")

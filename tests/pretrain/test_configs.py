@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain import objectives
 from pretrain.config import ModelConfig, RunConfig, dump, load, validate
+from pretrain.engine.tensor_parallel import check
 from pretrain.models import EncoderDecoder, SpecialIds
 from pretrain.parsing import read_yaml
 
@@ -32,6 +34,19 @@ def test_model_bases_hold_only_a_model(path):
     values = read_yaml(path)
     assert set(values) == {"model"}
     assert validate(ModelConfig, values["model"], where=str(path)).vocab_size is None
+
+
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "least", "most"),
+    [("large", 50265, 400e6, 410e6), ("3b", 50265, 2.9e9, 3.1e9), ("11b", 50265, 11e9, 12e9)],
+)
+def test_large_shapes_have_the_size_in_their_name_and_can_be_cut_into_eight(name, vocabulary, least, most):
+    values = read_yaml(CONFIGS / "model" / f"{name}.yaml")["model"]
+    shape = validate(ModelConfig, {**values, "vocab_size": vocabulary}, where=name)
+    with torch.device("meta"):  # nothing is allocated
+        model = EncoderDecoder(shape, IDS)
+    assert least < sum(p.numel() for p in model.parameters()) < most
+    check(shape, 8)
 
 
 def test_quickstart_is_about_8_million_parameters():

@@ -3,16 +3,18 @@
 With m = max z, s = sum e^(z - m) and t = sum (z - m) e^(z - m) the entropy is ln s - t / s and the log-sum-exp
 m + ln s, so one pass over the logits is enough.
 
-Shapes: L rows, V vocabulary.
+Shapes: L rows, V vocabulary, P parts of it.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from parlance_kernels.backend import resolve
 from parlance_kernels.offramp_stats import cuda
+from parlance_kernels.vocab_part import VocabPart
 
 
 class RampStats(NamedTuple):
@@ -30,7 +32,11 @@ class RampStats(NamedTuple):
 
 
 def offramp_stats(
-    logits_LV: Tensor, banned: Sequence[int] = (), overwrite: bool = False, backend: str = "auto"
+    logits_LV: Tensor,
+    banned: Sequence[int] = (),
+    overwrite: bool = False,
+    backend: str = "auto",
+    part: VocabPart | None = None,
 ) -> RampStats:
     """Statistics of each row of logits; without a gradient (DeeBERT; ELMER, section 4.3).
 
@@ -39,6 +45,8 @@ def offramp_stats(
         banned: tokens that are never best; with the kernel at most 16.
         overwrite: the operator may use the logits as workspace.
         backend: a name that `parlance_kernels.resolve` accepts.
+        part: which tokens the logits are of; None: all. Every rank of its group calls this with the same rows and gets
+            the same statistics, those of the whole vocabulary.
 
     Raises:
         ValueError: logits are no [L, V] with V > 0; a banned token is outside the vocabulary; the backend is unknown.
@@ -46,9 +54,27 @@ def offramp_stats(
     chosen = resolve(backend)
     if logits_LV.dim() != 2 or not logits_LV.shape[1]:
         raise ValueError(f"offramp_stats: logits must be [rows, vocabulary], got {list(logits_LV.shape)}")
-    never = list(banned)
-    if never and not 0 <= min(never) <= max(never) < logits_LV.shape[1]:
-        raise ValueError(f"offramp_stats: banned tokens must be 0..{logits_LV.shape[1] - 1}, got {never}")
+    never, whole = list(banned), logits_LV.shape[1] if part is None else part.whole
+    if never and not 0 <= min(never) <= max(never) < whole:
+        raise ValueError(f"offramp_stats: banned tokens must be 0..{whole - 1}, got {never}")
+    if part is not None:
+        never = [token - part.start for token in never if part.start <= token < part.start + part.size]
     if chosen == "cuda":
-        return RampStats(*cuda.stats(logits_LV.detach(), never))
-    return RampStats(*cuda.stats_torch(logits_LV.detach(), never, overwrite))
+        found = RampStats(*cuda.stats(logits_LV.detach(), never))
+    else:
+        found = RampStats(*cuda.stats_torch(logits_LV.detach(), never, overwrite))
+    return found if part is None else _over_parts(found, part)
+
+
+def _over_parts(mine: RampStats, part: VocabPart) -> RampStats:
+    """Statistics of the whole vocabulary from those of its parts.
+
+    A part has the share w = e^(lse of the part - lse), and H = sum over parts of w (H of the part - ln w).
+    """
+    lse_PL = part.every(mine.lse_L)
+    lse_L = lse_PL.logsumexp(dim=0)
+    log_w_L = mine.lse_L - lse_L
+    # a part without weight adds nothing, and 0 times inf would be no number
+    entropy_L = part.total(torch.where(log_w_L.isneginf(), 0.0, log_w_L.exp() * (mine.entropy_L - log_w_L)))
+    log_p_L, token_L = part.best(mine.log_p_L + log_w_L, mine.token_L)
+    return RampStats(entropy_L.clamp(min=0), token_L, log_p_L, part.largest(mine.max_L), lse_L)

@@ -13,8 +13,11 @@ The scales are means over a large batch, so in fp16 most gradients would round t
 them. There every scale is multiplied by a power of two (`lift`) that brings the largest to LARGEST_FP16; sums and
 stored gradients stay lifted, and the backward divides by it in fp32, together with the upstream factor.
 
-Shapes: R rows, D width, V vocabulary, T cross-entropy terms, P tuples, K streams in a tuple, Q stream pairs,
-C tuples in a chunk.
+Where ranks have a part of the vocabulary each, maxima, sums of exponentials, logits of targets and the matrices H are
+reduced over them; each makes the gradient of its part of the weight, and the gradient of the rows is a sum over ranks.
+
+Shapes: R rows, D width, V vocabulary (this rank's part of it), T cross-entropy terms, P tuples, K streams in a tuple,
+Q stream pairs, C tuples in a chunk, N rows of a chunk.
 """
 
 import math
@@ -23,6 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from parlance_kernels.vocab_part import VocabPart
 
 CHUNK_ROWS = 288
 # The largest scale after the lift: fp16 then keeps probabilities down to 4e-9, and a KL between distributions that
@@ -38,6 +43,7 @@ class Terms(NamedTuple):
     kl_scale: tuple[float, ...]
     label_smoothing: float
     chunk_rows: int
+    part: VocabPart | None = None
 
 
 class VocabLoss(torch.autograd.Function):
@@ -113,6 +119,7 @@ class Accumulator:
         self.target_R, self.term_R, self.terms = target_R, term_R, terms
         half = h_RD.dtype in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if half else h_RD.dtype
+        self.whole = len(weight_VD) if terms.part is None else terms.part.whole
         self.lift = lift_of(terms, h_RD.dtype)
         self.shrink = shrink_of(terms.chunk_rows, h_RD.dtype)
         self.ce_scale_T = torch.tensor([s * self.lift for s in terms.ce_scale], dtype=self.dtype, device=h_RD.device)
@@ -130,11 +137,13 @@ class Accumulator:
 
     def gradients(self) -> list[Tensor | None]:
         """`lift` times d total / d (h, weight, bias), in the order of the operator's first arguments."""
+        if self.dh_RD is not None:
+            self._total(self.dh_RD)
         return [self.dh_RD, self.dweight_VD, self.dbias_V]
 
     def add(self, rows_CK: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         """Adds the cross-entropy of every row and the KL of every pair of columns."""
-        chunk, streams = rows_CK.shape
+        (chunk, streams), part = rows_CK.shape, self.terms.part
         rows_N = rows_CK.reshape(-1)
         h_ND = self.h_RD[rows_N]
         logits_NV = h_ND @ self.weight_VD.T
@@ -142,16 +151,21 @@ class Accumulator:
             logits_NV += self.bias_V
         # One exponential serves both the normaliser and the probabilities.
         logp_NV = logits_NV.to(self.dtype)
-        logp_NV -= logp_NV.amax(dim=1, keepdim=True)
+        largest_N1 = logp_NV.amax(dim=1, keepdim=True)
+        logp_NV -= largest_N1 if part is None else part.largest(largest_N1)
         p_NV = logp_NV.exp()
-        sum_N1 = p_NV.sum(dim=1, keepdim=True)
+        sum_N1 = self._total(p_NV.sum(dim=1, keepdim=True))
         logp_NV -= sum_N1.log()
         target_N1, term_N = self.target_R[rows_N, None], self.term_R[rows_N]
         smoothing = self.terms.label_smoothing
-        ce_N = logp_NV.gather(1, target_N1).squeeze(1) * -(1.0 - smoothing)
+        factor_N1: Tensor | float = -(1.0 - smoothing)
+        if part is not None:
+            target_N1, here_N1 = part.place(target_N1)
+            factor_N1 = here_N1.to(self.dtype) * factor_N1
+        ce_N = (logp_NV.gather(1, target_N1) * factor_N1).squeeze(1)
         if smoothing:
-            ce_N -= smoothing * logp_NV.mean(dim=1)
-        self.ce_T.index_add_(0, term_N, ce_N)
+            ce_N -= smoothing * (logp_NV.shape[1] / self.whole) * logp_NV.mean(dim=1)
+        self.ce_T.index_add_(0, term_N, self._total(ce_N))
         if self.dh_RD is None and not pairs:
             return
 
@@ -165,8 +179,8 @@ class Accumulator:
         if self.dh_RD is None or self.dweight_VD is None:
             return
         if smoothing:
-            grad_NV -= ce_scale_N1 * (smoothing / grad_NV.shape[1])
-        grad_NV.scatter_add_(1, target_N1, ce_scale_N1 * -(1.0 - smoothing))
+            grad_NV -= ce_scale_N1 * (smoothing / self.whole)
+        grad_NV.scatter_add_(1, target_N1, ce_scale_N1 * factor_N1)
         low_NV = grad_NV.to(self.weight_VD.dtype)
         self.dh_RD[rows_N] = low_NV @ self.weight_VD
         if self.dweight_VD.dtype == low_NV.dtype:
@@ -177,6 +191,10 @@ class Accumulator:
             self.dweight_VD.add_(low_NV.T @ (h_ND * self.shrink), alpha=1.0 / self.shrink)
         if self.dbias_V is not None:
             self.dbias_V += grad_NV.sum(dim=0)
+
+    def _total(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that have a part of the vocabulary each; elsewhere the values are the sums already."""
+        return values if self.terms.part is None else self.terms.part.total(values)
 
     def _pairs(
         self,
@@ -189,7 +207,7 @@ class Accumulator:
     ) -> Tensor:
         """Adds the KLs; returns `lift` times d total / d logits without the target and smoothing parts."""
         p_CKV, logp_CKV = (x.view(chunk, streams, -1) for x in (p_NV, logp_NV))
-        entropy_CKK = p_CKV @ logp_CKV.transpose(1, 2)
+        entropy_CKK = self._total(p_CKV @ logp_CKV.transpose(1, 2))
         const_CK = const_N1.view(chunk, streams)
         mix_logp_KK, mix_p_KK = (entropy_CKK.new_zeros(streams, streams) for _ in range(2))
         for index, (a, b) in enumerate(pairs):

@@ -10,6 +10,7 @@ from torch import Tensor
 from parlance_kernels.backend import resolve
 from parlance_kernels.vocab_loss import cuda
 from parlance_kernels.vocab_loss.chunked import CHUNK_ROWS, Terms, VocabLoss
+from parlance_kernels.vocab_part import VocabPart
 
 
 def vocab_loss(
@@ -25,6 +26,7 @@ def vocab_loss(
     bias_V: Tensor | None = None,
     chunk_rows: int | None = None,
     backend: str = "auto",
+    part: VocabPart | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled sum of cross-entropies over rows and symmetric KLs over tuples of rows.
 
@@ -39,6 +41,9 @@ def vocab_loss(
         label_smoothing: mass spread uniformly over all V, the target included.
         chunk_rows: rows whose logits exist at one time; None for what suits the backend.
         backend: a name that `parlance_kernels.resolve` accepts.
+        part: which tokens `weight_VD` and `bias_V` are of; None: all. Every rank of its group calls this with the same
+            rows, and gets the same results and, but for the weight and the bias, the same gradients. The kernel knows
+            whole vocabularies alone, so a part goes through PyTorch on a GPU, too.
 
     Returns:
         total: differentiable scalar = sum of scale * term.
@@ -50,10 +55,10 @@ def vocab_loss(
     chosen = resolve(backend)
     if chunk_rows is None:
         chunk_rows = cuda.CHUNK_ROWS if chosen == "cuda" and h_RD.is_cuda else CHUNK_ROWS
-    terms = Terms(tuple(ce_scale), tuple(kl_pairs), tuple(kl_scale), label_smoothing, chunk_rows)
+    terms = Terms(tuple(ce_scale), tuple(kl_pairs), tuple(kl_scale), label_smoothing, chunk_rows, part)
     total, ce_T, kl_Q = (
         cuda.vocab_loss_op(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK, terms)
-        if chosen == "cuda"
+        if chosen == "cuda" and part is None
         else VocabLoss.apply(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK, terms)
     )
     return total, ce_T, kl_Q

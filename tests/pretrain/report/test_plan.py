@@ -169,3 +169,53 @@ def test_memory_is_shared_by_ranks_and_limited_by_a_container(monkeypatch, tmp_p
     (tmp_path / "memory.max").write_text("max\n")
     assert planning._capacity(cpu, 1) > 10**8
     assert planning._existing(tmp_path / "a" / "b") == tmp_path
+
+
+def test_a_cluster_is_simulated_from_stated_assumptions(planned):
+    shared = ("engine.kind=deepspeed", "engine.zero_stage=2", "engine.tensor_parallel=2", "engine.precision=bf16")
+    out = planned(*shared, "--simulate", "2x4").out
+    assert "8 GPUs = 4 data-parallel x 2 that share a model" in out and "not measured: 989 TFLOP/s" in out
+    assert "= 4 rank(s) x" in out and "each of them 2 that share a model" in out
+    assert "tensor parallel 2" in out and "fits in" not in out and "s an update if data-parallel" in out
+    assert re.search(r"\n  2 of 80 GB: \S+ [kMG]B each\n  2 of 141 GB: ", out)
+    computing = number(r"time: (\S+) s computing", out)
+    slower = planned(*shared, "--simulate", "2x4", "--assume", "reached=0.2", "--assume", "network_gb=5").out
+    assert number(r"time: (\S+) s computing", slower) == pytest.approx(2 * computing, rel=0.02)
+    assert number(r", (\S+) s among data-parallel ranks\n", slower) == pytest.approx(
+        10 * number(r", (\S+) s among data-parallel ranks\n", out), rel=0.02
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--simulate", "4"), "`--simulate` must be NODESxGPUS"),
+        (
+            ("--simulate", "1x2", "--assume", "peak=3"),
+            "must be NAME=NUMBER of peak_tflops, reached, node_gb, network_gb",
+        ),
+        (("--simulate", "1x3", "engine.tensor_parallel=2"), "must divide the number of ranks (3), got 2"),
+        (("--simulate", "1x4", "engine.tensor_parallel=4"), "`model.heads` must be a multiple of"),
+    ],
+)
+def test_a_cluster_that_cannot_be(planned, arguments, message):
+    assert message in planned(*arguments, code=3).err
+
+
+def test_eleven_billion_parameters_are_planned_without_allocating_them(planned):
+    shape = [
+        f"model.{key}={value}"
+        for key, value in {
+            "d_model": 4096,
+            "heads": 32,
+            "ffn_dim": 16384,
+            "encoder_layers": 24,
+            "decoder_layers": 24,
+        }.items()
+    ]
+    engine = ("engine.kind=deepspeed", "engine.precision=bf16", "engine.zero_stage=2")
+    whole = planned(*shape, *engine, "--simulate", "1x8").out
+    assert number(r"parameters: ([\d,]+)", whole) > 11e9
+    alone = planned(*shape, *engine, "--simulate", "4x8", "engine.tensor_parallel=8").out
+    weights = [number(r"([\d.]+) GB  weights\n", out) for out in (whole, alone)]
+    assert weights[0] == pytest.approx(8 * weights[1], rel=0.02), "nearly every weight is cut"
