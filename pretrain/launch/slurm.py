@@ -42,15 +42,6 @@ class Checked:
     workers: int
 
 
-@dataclass(frozen=True)
-class Element:
-    """One run of a job: its number in the job array, what its name ends with, and its overrides."""
-
-    number: int | None
-    suffix: str
-    overrides: Sequence[str]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command, the same for both programs."""
     add = parser.add_argument
@@ -97,33 +88,33 @@ def write_job(
         raise UsageError(f"`--signal-seconds` must be less than `--time`, which is {limit}, got {given.signal_seconds}")
     if given.at_once and not (given.seeds or given.array):
         raise UsageError(f"`--at-once` must come with `--seeds` or `--array`, got {given.at_once} alone")
-    for word in (given.config, *given.overrides, *(given.array or ())):
+    for word in (str(Path.cwd()), given.config, *given.overrides, *(given.array or ())):
         if not word.isprintable():
-            raise UsageError(f"configuration and overrides must be printable text, got {word!r:.80}")
+            raise UsageError(f"this folder, configuration and overrides must be printable text, got {word!r:.80}")
     base = load(given.overrides)
-    runs = {element: load([*given.overrides, *element.overrides]) for element in _elements(given, base.name)}
+    elements = dict(_elements(given, base.name))
+    runs = [load([*given.overrides, *overrides]) for overrides in elements.values()]
     code = {**snapshot.code(), **files}
-    configs = {run.name: run.text.encode() for run in runs.values()}
-    copy = snapshot.fingerprint({**code, **configs})
-    script = _script(program, given, [element.number for element in runs], base, copy, files)
+    copy = snapshot.fingerprint({**code, **{run.name: run.text.encode() for run in runs}})
+    script = _script(program, given, list(elements), base, copy, files)
     try:
-        for run in runs.values():
+        for run in runs:
             snapshot.write(run.run_dir / "slurm" / copy, {**code, "config.yaml": run.text.encode()})
     except OSError as error:
         if error.errno in DISK_ERRNOS:
             raise
         raise ConfigError(f"`runs` must be a folder to write into, `{error.filename}`: {error.strerror}") from None
-    folders = ", ".join(str(run.run_dir / "slurm" / copy) for run in runs.values())
+    folders = ", ".join(str(run.run_dir / "slurm" / copy) for run in runs)
     print(f"copied code and configuration to {folders}", file=sys.stderr)
     print(script, end="")
 
 
-def _elements(given: argparse.Namespace, name: str) -> Iterator[Element]:
-    """The runs of the job, each with a name of its own."""
+def _elements(given: argparse.Namespace, name: str) -> Iterator[tuple[int | None, Sequence[str]]]:
+    """(number in the job array, overrides) of every run of the job; each has a name of its own."""
     if not given.seeds and not given.array:
-        yield Element(None, "", ())
+        yield None, ()
     for seed in given.seeds or ():
-        yield Element(seed, f"-seed{seed}", (f"seed={seed}", _named(f"{name}-seed{seed}")))
+        yield seed, (f"seed={seed}", _named(f"{name}-seed{seed}"))
     for number, words in enumerate(given.array or (), 1):
         try:
             overrides = shlex.split(words)
@@ -131,7 +122,7 @@ def _elements(given: argparse.Namespace, name: str) -> Iterator[Element]:
             raise UsageError(f"`--array` must be key=value words, got {words!r:.80}: {error}") from None
         if taken := [word for word in overrides if word.partition("=")[0] in ("name", "runs")]:
             raise UsageError(f"`--array` must leave `name` and `runs` alone, got {taken[0]!r:.80}")
-        yield Element(number, f"-{number}", (*overrides, _named(f"{name}-{number}")))
+        yield number, (*overrides, _named(f"{name}-{number}"))
 
 
 def _named(name: str) -> str:

@@ -20,6 +20,7 @@ from tests.slurm import Slurm, private_slurm
 
 pytestmark = pytest.mark.timeout(3600)  # on a busy machine
 STEPS = 100
+SIGNALS = 12
 TWO_NODES = ("--nodes", "2", "--gpus-per-node", "0", "--time", "30", "--signal-seconds", "60")
 LONG = (f"train.steps={STEPS}", "train.save_every=5", "train.validate_every=0", "train.sample_every=0")
 SECRETS = (
@@ -188,31 +189,33 @@ def test_a_job_outlives_its_hosts(slurm: Slurm, data: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.fault("signals in each phase", trials=8)
+@pytest.mark.fault("signals in each phase", trials=SIGNALS)
 def test_signals_at_any_moment_of_a_job(slurm: Slurm, data: Path, tmp_path: Path) -> None:
-    """From the first line of the script over imports to the last update: every life ends in one requeue."""
-    submitted = Submitted(slurm, tmp_path, data, "--restarts", "20")
+    """From the script's first lines over imports and set-up to updates and saves: one requeue each."""
+    submitted = Submitted(slurm, tmp_path, data, "--restarts", "50", "train.steps=100000")
     job = submitted.submit()
-    for life in range(8):
+    for life in range(SIGNALS):
         slurm.wait_for(job, ["RUNNING"], restarts=life)
-        time.sleep(random.uniform(0.0, 1.0) if life < 2 else random.uniform(0.0, 15.0))
-        if events(submitted.run)[-1:] and events(submitted.run)[-1]["event"] == "finish":
-            pytest.fail("the run was over before the last signal: make it longer")
-        way = ("--batch", "--signal=USR1") if life % 2 else ("--batch", "--signal=TERM")
-        slurm.call("scancel", *way, job)
+        time.sleep(random.uniform(0.0, 12.0))
+        slurm.call("scancel", "--batch", f"--signal={('USR1', 'TERM')[life % 2]}", job)
         slurm.wait_for(job, ["PENDING", "RUNNING"], restarts=life + 1)
-    submitted.finished(job, restarts=8)
+    submitted.wait_for_save(after=len(events(submitted.run)))
+    assert slurm.show(job)["Restarts"] == str(SIGNALS), submitted.printed()
+    slurm.call("scancel", job)
+    slurm.wait_until(lambda: not ranks(submitted.run), "the end of the ranks", submitted.printed)
+    steps = [step for step, _ in scalars(submitted.run)["loss/total"]]
+    assert steps == list(range(1, len(steps) + 1)), "one curve"
 
 
 @pytest.mark.slow
 @pytest.mark.fault("signals in each phase", trials=1)
 def test_the_end_of_its_time_is_a_requeue(slurm: Slurm, data: Path, tmp_path: Path) -> None:
-    submitted = Submitted(slurm, tmp_path, data, "--time", "2", "--signal-seconds", "90", "train.steps=100000")
+    """Slurm may send the signal a minute early."""
+    submitted = Submitted(slurm, tmp_path, data, "--time", "3", "--signal-seconds", "60", "train.steps=100000")
     job = submitted.submit()
     slurm.wait_for(job, ["RUNNING"], restarts=1)
-    submitted.wait_for_save(after=len(events(submitted.run)))
-    kinds = [event["event"] for event in events(submitted.run) if event["event"] != "save"]
-    assert kinds == ["start", "stop", "resume"], submitted.printed()
+    stopped = [event for event in events(submitted.run) if event["event"] != "save"]
+    assert [event["event"] for event in stopped[:2]] == ["start", "stop"], submitted.printed()
     slurm.call("scancel", job)
 
 

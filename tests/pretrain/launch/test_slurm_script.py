@@ -30,7 +30,10 @@ i=0; while [ "$CODE" = wait ] && [ $i -lt 1200 ]; do /bin/sleep 0.1; i=$((i + 1)
 exit $CODE
 """
 SCONTROL = '#!/bin/sh\necho "scontrol $*" >> "$HERE/called"\nexit ${FAILS:-0}\n'
-SQUEUE = '#!/bin/sh\necho "$STATE"\n'
+SQUEUE = """#!/bin/sh
+[ "$TERMED" ] && [ ! -e "$HERE/termed" ] && touch "$HERE/termed" && kill -TERM $$
+echo "$STATE"
+"""
 
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 
@@ -157,7 +160,8 @@ def test_anything_else_is_requeued_once(code: int, state: str, job, here: Path) 
 
 @pytest.mark.parametrize("state", ["COMPLETING None", "PENDING BeginTime", "PREEMPTED None"])
 def test_what_slurm_ends_itself_stays_ended(state: str, job, here: Path) -> None:
-    ended, called, printed = run(job(), here, CODE="85", STATE=state)
+    ended, called, printed = run(job(), here, CODE="85", STATE=state, TERMED="yes")
+    assert (here / "termed").exists(), "Slurm ends what the script has started, too"
     assert ended == 1 and len(called) == 1 and f"Slurm ends this job itself ({state})" in printed
 
 
