@@ -362,8 +362,8 @@ class Run:
 
     def _slow(self, step: int, rank: int, host: str, seconds: float, data: float, usual: float) -> None:
         if self.note:
-            told = f"{seconds:.3g} s an update, {data:.3g} of them for data, the others {usual:.3g} s"
-            self.note(f"rank {rank} on {host} is slow: {told}")
+            why = f"{seconds:.3g} s an update, {data:.3g} of them for data, the others {usual:.3g} s"
+            self.note(f"rank {rank} on {host} is slow: {why}")
         times = {"seconds": round(seconds, 4), "data_seconds": round(data, 4), "others_seconds": round(usual, 4)}
         self._record("slow", step, rank=rank, slow_host=host, **times)
 

@@ -87,9 +87,9 @@ def ending() -> Iterator[None]:
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)  # as set_wakeup_fd wants it
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # first: a signal may come between any two lines
     for number in SIGNALS:
         signal.signal(number, _nothing)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_leave_the_pipe)
     threading.Thread(target=_read, args=(reader,), name="signals", daemon=True).start()
     try:

@@ -161,7 +161,7 @@ class Watchdog:
     def _hear(self, beat: bytes | None, passed: float) -> None:
         """How is the rank before this one?"""
         self.silent, self.heard = self.silent + passed if beat == self.heard else 0.0, beat
-        told = json.loads(beat) if beat else {"host": "an unknown host", "pid": None, "left": None}
+        told: dict[str, Any] = json.loads(beat) if beat else {"host": "an unknown host", "pid": None, "left": None}
         who, pid = f"rank {self.before} on {told['host']}", told["pid"]
         process = _process(pid) if told["host"] == self.host else None
         self.visible = self.visible or process is not None  # hosts may share a name, and not their processes

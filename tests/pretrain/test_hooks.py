@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from pretrain.distributed import World
 from pretrain.errors import CheckpointError, Requeue
 from pretrain.hooks import AllRanks, Save, Skips, StopOnSignal, TextSamples, Validation
 from pretrain.loop import Progress, StepReport
@@ -170,7 +171,7 @@ class Fake:
         module = nn.Module()
         module.add_module("model", model)
         module.objective = self
-        self.module, self.gathered = module, nullcontext
+        self.module, self.gathered, self.world = module, nullcontext, World(0, 1, 0, torch.device("cpu"))
         self.modes = []
 
     def counts(self, batch):
@@ -365,7 +366,8 @@ def test_a_validation_is_given_up_for_a_signal_and_told_to_be_done_again(tmp_pat
             return super().evaluate(batches)
 
     save = Save(1, lambda progress: saved.append(progress.step))
-    hooks = AllRanks([Validation(Signalled(), [Batch(1)] * 5, 2, None, None), save, StopOnSignal(save)], tmp_path)
+    each = [Validation(Signalled(), [Batch(1)] * 5, 2, None, None), save, StopOnSignal(save)]
+    hooks = AllRanks(each, tmp_path, SimpleNamespace(writing=False), lambda: None)
     with Signals():
         hooks.after_step(report(1))
         assert hooks.unfinished is None and saved == [1]
