@@ -125,7 +125,7 @@ class EngineConfig(Section):
     offload: Literal["none", "optimizer", "all"] = "none"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False
-    backend: Literal["auto", "torch", "cuda"] = "auto"
+    backend: Literal["auto", "torch", "library", "cuda"] = "auto"
     check_calls: bool = Field(False, description="slow: name the first module that some ranks call and others do not")
 
 

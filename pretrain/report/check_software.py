@@ -110,10 +110,11 @@ def runs_on(known: Sequence[str], major: int, minor: int) -> bool:
 
 def kernels() -> Iterator[Check]:
     """Which implementation of the operators `engine.backend: auto` takes."""
-    from parlance_kernels import available_backends, library, resolve
+    from parlance_kernels import available_backends, backend, resolve
 
     chosen, available = resolve("auto"), ", ".join(available_backends())
-    without = f"; no cuda: {why}" if (why := library.problem()) else ""
+    absent = ((name, backend.problem(name)) for name in reversed(backend.BACKENDS))
+    without = "".join(f"; no {name}: {why}" for name, why in absent if why)
     yield Check("ok", "kernels", f"`engine.backend: auto` takes {chosen}; available: {available}{without}")
 
 
