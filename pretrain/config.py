@@ -97,8 +97,12 @@ class BatchConfig(Section):
 
 
 class OptimConfig(Section):
-    """Adam with decoupled weight decay, warm-up and a schedule over `train.steps`."""
+    """Adam with decoupled weight decay, warm-up and a schedule over `train.steps`.
 
+    kind: torch's implementation, or NVIDIA's apex's, on a GPU where that is installed. Both have the same state.
+    """
+
+    kind: Literal["adamw", "apex_fused_adam"] = "adamw"
     lr: Positive = 5e-4
     betas: tuple[Rate, Rate] = (0.9, 0.98)
     eps: Positive = 1e-8

@@ -162,7 +162,11 @@ def apex() -> Iterator[Check]:
     if not found:
         yield Check("ok", "apex", "not installed, not needed")
     elif any((place / "optimizers").is_dir() for place in places):
-        yield Check("ok", "apex", f"NVIDIA's, {_version('apex') or 'version unknown'}; nothing here uses it")
+        yield Check(
+            "ok",
+            "apex",
+            f"NVIDIA's, {_version('apex') or 'version unknown'}; `optim.kind: apex_fused_adam` takes its Adam",
+        )
     else:
         yield Check("warn", "apex", "is not NVIDIA's but a package of that name on PyPI: pip uninstall apex")
 
