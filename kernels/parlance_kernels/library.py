@@ -5,13 +5,14 @@ return a CUDA error code (kernels/csrc/README.md).
 """
 
 import ctypes
-import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from parlance_kernels.sources import fingerprint
 
 PATH = Path(__file__).with_name("libparlance_kernels.so")
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"  # only in a checkout
@@ -38,16 +39,9 @@ def load() -> ctypes.CDLL:
     except OSError as error:
         raise KernelError(f"{PATH} does not open: {error}; `make kernels` builds it anew") from None
     library.parlance_error.restype = library.parlance_sources.restype = ctypes.c_char_p
-    if SOURCES.is_dir() and library.parlance_sources().decode() != _fingerprint():
+    if SOURCES.is_dir() and library.parlance_sources().decode() != fingerprint(SOURCES):
         raise KernelError(f"{PATH} was made of other sources than {SOURCES}; `make kernels` builds it anew")
     return library
-
-
-def _fingerprint() -> str:
-    digest = hashlib.sha256()
-    for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.h")]):
-        digest.update(source.name.encode() + source.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def device_problem(who: str) -> str | None:
