@@ -35,7 +35,7 @@ test-faults: install    ## kills, signals, full disks, hostile files ... as ofte
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest --fault-table
 
 test-gpu: install kernels ## every kernel on this machine's GPU, against float64 and under compute-sanitizer
-	$(PY) -m pytest -m gpu tests/gpu
+	$(PY) -m pytest -m gpu
 
 bench: install          ## every figure, each after its equality check
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"

@@ -97,8 +97,12 @@ class BatchConfig(Section):
 
 
 class OptimConfig(Section):
-    """Adam with decoupled weight decay, warm-up and a schedule over `train.steps`."""
+    """Adam with decoupled weight decay, warm-up and a schedule over `train.steps`.
 
+    kind: torch's implementation, or NVIDIA's apex's, on a GPU where that is installed. Both have the same state.
+    """
+
+    kind: Literal["adamw", "apex_fused_adam"] = "adamw"
     lr: Positive = 5e-4
     betas: tuple[Rate, Rate] = (0.9, 0.98)
     eps: Positive = 1e-8
@@ -126,7 +130,7 @@ class EngineConfig(Section):
     offload: Literal["none", "optimizer", "all"] = "none"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False
-    backend: Literal["auto", "torch", "cuda"] = "auto"
+    backend: Literal["auto", "torch", "library", "cuda"] = "auto"
     check_calls: bool = Field(False, description="slow: name the first module that some ranks call and others do not")
 
 

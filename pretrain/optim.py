@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.config import OptimConfig
+from pretrain.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -28,12 +30,43 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of every engine. Its learning rate is 0 until an engine's step sets one.
 
     ZeRO-3 takes a trial step with zero gradients when it is built: with a rate above 0 that would decay the weights.
+
+    Raises:
+        ConfigError: `config.kind` is apex's, and apex is not there or was built without CUDA.
     """
+    if config.kind == "apex_fused_adam":
+        try:
+            made: torch.optim.Optimizer = apex_fused_adam()(
+                groups, lr=0.0, betas=config.betas, eps=config.eps, adam_w_mode=True
+            )
+        except (RuntimeError, ImportError) as error:
+            raise ConfigError(
+                f"`optim.kind` apex_fused_adam needs an apex built with its CUDA parts: {error}"
+            ) from None
+        return made
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+def apex_fused_adam() -> Any:
+    """The class `FusedAdam` of NVIDIA's apex.
+
+    Raises:
+        ConfigError: apex is not installed, or is the package of that name on PyPI, which is something else.
+    """
+    try:
+        found = import_module("apex")
+    except ImportError as error:
+        raise ConfigError(f"`optim.kind` apex_fused_adam needs NVIDIA's apex, got: {error}; take adamw") from None
+    if not hasattr(getattr(found, "optimizers", None), "FusedAdam"):
+        raise ConfigError(
+            f"`optim.kind` apex_fused_adam needs NVIDIA's apex, got a package of that name without "
+            f"optimizers.FusedAdam ({found.__file__}); take adamw"
+        )
+    return found.optimizers.FusedAdam
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
@@ -59,11 +92,27 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     return config.lr
 
 
-def create_state(adam: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+def create_state(adam: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
     """Creates the zero state that `adam` would create in its first step, so that it can be saved and set before."""
     for parameter in parameters:
-        adam.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        }
+        adam.state[parameter] = {name: torch.zeros_like(parameter, requires_grad=False) for name in MOMENTS}
+        if isinstance(adam, torch.optim.AdamW):
+            adam.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    set_updates(adam, 0)
+
+
+def updates(adam: torch.optim.Optimizer) -> int:
+    """Updates that `adam` has counted for its bias correction: torch's with every weight, apex's with every group."""
+    if isinstance(adam, torch.optim.AdamW):
+        return int(next(iter(adam.state.values()))["step"])
+    return int(adam.param_groups[0]["step"])
+
+
+def set_updates(adam: torch.optim.Optimizer, count: int) -> None:
+    """Sets what `updates` returns."""
+    if isinstance(adam, torch.optim.AdamW):
+        for state in adam.state.values():
+            state["step"].fill_(count)
+        return
+    for group in adam.param_groups:
+        group["step"] = count

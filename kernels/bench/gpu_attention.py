@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from parlance_kernels import SampleMask, sample_attention
+from parlance_kernels import SampleMask, backend, sample_attention
 
 HEADS, WIDTH = 12, 64
 Result = tuple[Tensor, ...]
@@ -47,6 +47,11 @@ def rows(bench: Bench) -> Iterator[Row]:
                 runs.append(case.flex)
             except (CannotRun, NotImplementedError, RuntimeError) as why:
                 bench.skip(f"5 FlexAttention with a fresh BlockMask / ours, {name}", _short(why))
+        try:
+            says_library = as_good(f"library calls at {name}", case.library(), case.pack(case.dense()), exact)
+            runs.append(case.library)
+        except CannotRun as why:
+            bench.skip(f"4 library calls merged by log-sum-exp / ours, {name}", why)
         equal = len(set(lengths)) == 1
         if equal:
             runs.append(case.flash)
@@ -61,6 +66,9 @@ def rows(bench: Bench) -> Iterator[Row]:
                 True,
                 f"{detail}; flex: {says_flex}",
             )
+        if case.library in runs:
+            at, told = runs.index(case.library), f"{detail}; library: {says_library}"
+            yield times.ratio(f"4 library calls merged by log-sum-exp / ours, {name}", at, 1, None, True, told)
         if equal:
             useful = case.mask.visible_pairs() / case.flash_pairs
             told = f"useful pairs a second of ours over unmasked flash SDPA's, {useful:.3f} of its pairs; {detail}"
@@ -153,6 +161,18 @@ class _Case:
         *qkv, d = self.packed
         mask = SampleMask(self.mask.table.copy(), self.mask.n_keys)
         return _both(lambda q, k, v: sample_attention(q, k, v, mask, backend=self.bench.backend), qkv, d)
+
+    def library(self) -> Result:
+        """The same by flash attention's variable-length calls, their plan made anew.
+
+        Raises:
+            CannotRun: torch has no flash attention here.
+        """
+        if why := backend.problem("library"):
+            raise CannotRun(why)
+        *qkv, d = self.packed
+        mask = SampleMask(self.mask.table.copy(), self.mask.n_keys)
+        return _both(lambda q, k, v: sample_attention(q, k, v, mask, backend="library"), qkv, d)
 
     def dense(self) -> Result:
         """The mask is ready before; the released code makes it in every step."""

@@ -1,7 +1,8 @@
 """Which implementation of the operators runs. Chosen once per process by the caller, never switched silently.
 
-`torch` is plain PyTorch on any device. `cuda` is the compiled kernels for tensors on a GPU; tensors on the CPU of the
-same machine have no kernels and go through PyTorch.
+`torch` is plain PyTorch on any device. `library` is the same, but attention on a GPU is a few variable-length calls of
+the flash attention that PyTorch brings. `cuda` is the compiled kernels for tensors on a GPU. Tensors on the CPU of the
+same machine have neither and go through PyTorch.
 """
 
 from functools import cache
@@ -10,13 +11,24 @@ import torch
 
 from parlance_kernels import library
 
-BACKENDS = ("torch", "cuda")
+BACKENDS = ("torch", "library", "cuda")
+
+
+def problem(name: str) -> str | None:
+    """Why a backend cannot run on this machine; None where it can."""
+    if name == "cuda":
+        return library.problem()
+    if name == "library":
+        flash = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
+        absent = None if flash else "this torch is built without CUDA's flash attention"
+        return library.device_problem("flash attention needs") or absent
+    return None
 
 
 @cache
 def available_backends() -> tuple[str, ...]:
     """Names that `resolve` accepts on this machine, the fastest last."""
-    return BACKENDS[:1] if library.problem() else BACKENDS
+    return tuple(name for name in BACKENDS if problem(name) is None)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -24,7 +36,7 @@ def resolve(name: str) -> str:
     """Turns `auto` into the fastest available backend and checks any other name.
 
     Raises:
-        ValueError: if `name` is not available here; the message lists what is, and why the kernels are not.
+        ValueError: if `name` is not available here; the message lists what is, and why the asked one is not.
     """
     if name == "torch":
         return name
@@ -32,6 +44,6 @@ def resolve(name: str) -> str:
     if name == "auto":
         return available[-1]
     if name not in available:
-        why = f"; {library.problem()}" if name in BACKENDS else ""
+        why = f"; {problem(name)}" if name in BACKENDS else ""
         raise ValueError(f"backend `{name}` must be one of {', '.join(('auto', *available))} on this machine{why}")
     return name

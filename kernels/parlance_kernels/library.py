@@ -5,7 +5,6 @@ return a CUDA error code (kernels/csrc/README.md).
 """
 
 import ctypes
-import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parlance_kernels.sources import fingerprint
+
 PATH = Path(__file__).with_name("libparlance_kernels.so")
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"  # only in a checkout
-OLDEST = (8, 0)  # compute capability that the kernels are compiled for
+OLDEST = (8, 0)  # compute capability that the kernels are compiled for, and flash attention
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NO_DRIVER, NO_IMAGE = 35, (209, 218, 222)
 
@@ -38,25 +39,25 @@ def load() -> ctypes.CDLL:
     except OSError as error:
         raise KernelError(f"{PATH} does not open: {error}; `make kernels` builds it anew") from None
     library.parlance_error.restype = library.parlance_sources.restype = ctypes.c_char_p
-    if SOURCES.is_dir() and library.parlance_sources().decode() != _fingerprint():
+    if SOURCES.is_dir() and library.parlance_sources().decode() != fingerprint(SOURCES):
         raise KernelError(f"{PATH} was made of other sources than {SOURCES}; `make kernels` builds it anew")
     return library
 
 
-def _fingerprint() -> str:
-    digest = hashlib.sha256()
-    for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.h")]):
-        digest.update(source.name.encode() + source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def problem() -> str | None:
-    """Why the CUDA kernels cannot run on this machine; None where they can."""
+def device_problem(who: str) -> str | None:
+    """Why no GPU here can run code for compute capability 8.0, which `who` (such as `the kernels need`) begins with."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
     oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
     if oldest < OLDEST:
-        return f"the kernels need compute capability 8.0 or later, a device here has {oldest[0]}.{oldest[1]}"
+        return f"{who} compute capability 8.0 or later, a device here has {oldest[0]}.{oldest[1]}"
+    return None
+
+
+def problem() -> str | None:
+    """Why the CUDA kernels cannot run on this machine; None where they can."""
+    if why := device_problem("the kernels need"):
+        return why
     try:
         load()
     except KernelError as error:

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from parlance_kernels import SampleMask
-from parlance_kernels.vocab_loss.chunked import CHUNK_ROWS
+from parlance_kernels import SampleMask, resolve
+from parlance_kernels.vocab_loss import chunked
+from parlance_kernels.vocab_loss import cuda as kernel
 from pretrain.config import EngineConfig, ModelConfig
 from pretrain.engine.deepspeed import BUCKET
 from pretrain.engine.state import KEYS
@@ -33,7 +34,7 @@ from pretrain.rng import WORDS
 FULL = 4  # bytes of a float32
 # deepspeed keeps at most so many weights of ZeRO-3 gathered
 GATHERED = 1_000_000_000
-# float32 [chunk, V] tensors that live at once in the vocabulary loss
+# float32 [chunk, V] tensors that live at once in the vocabulary loss of PyTorch; the kernel works in the logits
 CHUNK_TENSORS = 4
 # bytes around the generators of a rank: headers, lines of the manifest
 RANK_FILES = 1024
@@ -92,8 +93,8 @@ def rank_memory(
         gradients = FULL * share
     weights = low * (share + min(count, GATHERED)) if stage == 3 else low * count
 
-    heads = config.decoder_layers if config.off_ramps == "separate" else 1  # each holds its gradient until the backward
-    vocabulary = FULL * -(-(config.vocab_size or 0) // degree) * (heads * config.d_model + CHUNK_TENSORS * CHUNK_ROWS)
+    with_kernel = device == "cuda" and degree == 1 and resolve(engine.backend) == "cuda"
+    vocabulary = loss_bytes(config, low, with_kernel, degree)
     buffers = kept + max(0, reducing - activations - vocabulary)
     parts = {"weights": weights, "gradients": gradients, "masters": masters, "optimizer": moments, "buffers": buffers}
     host: dict[str, int] = {}
@@ -106,6 +107,22 @@ def rank_memory(
         host["weights"] = low * share
         parts["weights"] -= low * share
     return Memory({**parts, "activations": activations, "vocabulary loss": vocabulary}, host)
+
+
+def loss_bytes(config: ModelConfig, low: int, with_kernel: bool, degree: int = 1) -> int:
+    """Bytes of the vocabulary loss: logits of a full chunk, and the float32 gradient of each head until the backward.
+
+    low: bytes of a weight. degree: ranks that share the vocabulary. with_kernel: its chunks are larger, with logits of
+    `low` bytes and gradients in their place; a vocabulary that products cannot read 16 bytes at a time is padded, and
+    so is a copy of the weight.
+    """
+    vocabulary, width = -(-(config.vocab_size or 0) // degree), config.d_model
+    heads = config.decoder_layers if config.off_ramps == "separate" else 1
+    if not with_kernel:
+        return FULL * vocabulary * (heads * width + CHUNK_TENSORS * chunked.CHUNK_ROWS)
+    padded = vocabulary + kernel.padding(vocabulary)
+    copied = low * padded * width if padded > vocabulary else 0
+    return padded * (FULL * heads * width + low * kernel.CHUNK_ROWS) + copied
 
 
 def part_sizes(model: nn.Module, degree: int) -> list[int]:

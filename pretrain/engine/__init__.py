@@ -18,6 +18,7 @@ from pretrain.engine.tensor_parallel import TensorParallel
 from pretrain.engine.tensor_parallel import check as check_cut
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import ObjectiveModule
+from pretrain.optim import apex_fused_adam
 
 __all__ = ["Engine", "StepResult", "build"]
 
@@ -37,7 +38,7 @@ def build(
     Raises:
         ConfigError: a combination that does not work, or a `user` key that conflicts with the configuration.
     """
-    together(lambda: _check(config, world, module))
+    together(lambda: _check(config, optim, world, module))
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             raise shared(ConfigError(f"parameter `{name}` must be trainable: an engine updates every parameter"))
@@ -64,7 +65,7 @@ def build(
     return engine
 
 
-def _check(config: EngineConfig, world: World, module: ObjectiveModule) -> None:
+def _check(config: EngineConfig, optim: OptimConfig, world: World, module: ObjectiveModule) -> None:
     stage, local = config.zero_stage, config.kind == "local"
     if config.tensor_parallel != world.tensor_parallel:
         raise ConfigError(
@@ -72,6 +73,16 @@ def _check(config: EngineConfig, world: World, module: ObjectiveModule) -> None:
         )
     if world.tensor_parallel > 1:
         check_cut(module.model.config, world.tensor_parallel)
+    if optim.kind == "apex_fused_adam":
+        apex_fused_adam()
+        if world.device.type == "cpu":
+            raise ConfigError("`optim.kind` apex_fused_adam needs a GPU, got a CPU; take adamw")
+        if not local and (stage == 3 or config.offload != "none"):
+            # ZeRO-3 steps a part of a group at a time, for each of which apex would count an update
+            raise ConfigError(
+                "`optim.kind` apex_fused_adam needs `engine.zero_stage` 0 to 2 and `engine.offload` none, "
+                f"got {stage} and {config.offload}; take adamw"
+            )
     if config.precision == "fp16" and world.device.type == "cpu":
         raise ConfigError("`engine.precision` must be fp32 or bf16 on a CPU, got fp16")
     if config.precision == "fp16" and local:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain import optim
 from pretrain.distributed import World
 from pretrain.engine.calls import CallGuard
 from pretrain.engine.tensor_parallel import TensorParallel
@@ -138,12 +139,11 @@ class Engine(ABC):
     @property
     def updates(self) -> int:
         """Updates the optimizer has counted (its bias correction); the same for every parameter."""
-        return int(next(iter(self._adam.state.values()))["step"])
+        return optim.updates(self._adam)
 
     @updates.setter
     def updates(self, count: int) -> None:
-        for state in self._adam.state.values():
-            state["step"].fill_(count)
+        optim.set_updates(self._adam, count)
 
     def loss_scale_state(self) -> dict[str, float] | None:
         """State of the dynamic loss scale; None where the precision has none."""

@@ -110,10 +110,11 @@ def runs_on(known: Sequence[str], major: int, minor: int) -> bool:
 
 def kernels() -> Iterator[Check]:
     """Which implementation of the operators `engine.backend: auto` takes."""
-    from parlance_kernels import available_backends, library, resolve
+    from parlance_kernels import available_backends, backend, resolve
 
     chosen, available = resolve("auto"), ", ".join(available_backends())
-    without = f"; no cuda: {why}" if (why := library.problem()) else ""
+    absent = ((name, backend.problem(name)) for name in reversed(backend.BACKENDS))
+    without = "".join(f"; no {name}: {why}" for name, why in absent if why)
     yield Check("ok", "kernels", f"`engine.backend: auto` takes {chosen}; available: {available}{without}")
 
 
@@ -161,7 +162,11 @@ def apex() -> Iterator[Check]:
     if not found:
         yield Check("ok", "apex", "not installed, not needed")
     elif any((place / "optimizers").is_dir() for place in places):
-        yield Check("ok", "apex", f"NVIDIA's, {_version('apex') or 'version unknown'}; nothing here uses it")
+        yield Check(
+            "ok",
+            "apex",
+            f"NVIDIA's, {_version('apex') or 'version unknown'}; `optim.kind: apex_fused_adam` takes its Adam",
+        )
     else:
         yield Check("warn", "apex", "is not NVIDIA's but a package of that name on PyPI: pip uninstall apex")
 

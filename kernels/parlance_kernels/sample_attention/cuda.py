@@ -14,6 +14,7 @@ from parlance_kernels.sample_attention.plan import parts, plan
 
 WIDTHS = (32, 64, 96, 128)
 DTYPES = (torch.float16, torch.bfloat16)
+TAKES = f"float16 and bfloat16 with heads of {', '.join(map(str, WIDTHS))}"
 DROP_STEPS = 1 << 16
 
 

@@ -1,7 +1,7 @@
 """Attention over packed rows under a SampleMask: no padding, and on CPU no mask for the regular patterns.
 
 The CUDA kernels (`cuda.py`, kernels/csrc/attention.h) walk the tiles of 64 x 64 pairs that the mask names and read no
-mask.
+mask. The backend `library` (`flash.py`) splits the mask into variable-length calls of PyTorch's flash attention.
 
 The torch backend serves all segments of equal shape with one `scaled_dot_product_attention` call. Batches of
 equal lengths need one call a pattern; ragged ones fall back to a call a segment, which on CPU still beats one
@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parlance_kernels.backend import resolve
-from parlance_kernels.sample_attention import cuda
+from parlance_kernels.sample_attention import cuda, flash
 from parlance_kernels.sample_attention.mask import SampleMask
+
+COMPILED = {"cuda": cuda, "library": flash}
 
 
 def sample_attention(
@@ -42,13 +44,14 @@ def sample_attention(
         dropout_p: probability of dropping an attention weight, drawn from torch's generator.
         scale: factor on the scores, default 1 / sqrt(D).
         backend: a name that `parlance_kernels.resolve` accepts. The kernels of `cuda` take bf16 and fp16 with D = 32,
-            64, 96 or 128 on a GPU; anything else goes through PyTorch, with a warning where it is on a GPU.
+            64, 96 or 128 on a GPU, the calls of `library` the same with D = 8, 16 .. 192; anything else goes through
+            PyTorch's dense attention, with a warning where it is on a GPU.
 
     Returns:
         o_RHD, equal to `sample_attention_reference` for dropout_p = 0.
 
     Raises:
-        ValueError: if a shape contradicts the mask or the backend is unknown.
+        ValueError: if a shape contradicts the mask or the backend is unknown; `library`: a segment does not split.
     """
     chosen = resolve(backend)
     if q_RHD.shape[0] != mask.n_rows or k_KHD.shape[0] != mask.n_keys or v_KHD.shape != k_KHD.shape:
@@ -59,11 +62,12 @@ def sample_attention(
     if not len(mask):
         # Keeps q, k and v in the graph, so that an empty micro-batch runs the same backward as a full one.
         return q_RHD + 0.0 * (k_KHD.sum() + v_KHD.sum())
-    if chosen == "cuda" and q_RHD.is_cuda:
-        if cuda.supports(q_RHD):
+    if chosen in COMPILED and q_RHD.is_cuda:
+        ours = COMPILED[chosen]
+        if ours.supports(q_RHD):
             scale = 1.0 / math.sqrt(q_RHD.shape[2]) if scale is None else scale
-            return cuda.attend(q_RHD, k_KHD, v_KHD, mask, dropout_p, scale)
-        _warn_once(q_RHD.dtype, q_RHD.shape[2])
+            return ours.attend(q_RHD, k_KHD, v_KHD, mask, dropout_p, scale)
+        _warn_once(chosen, q_RHD.dtype, q_RHD.shape[2])
     rows = mask.table[:, 1].tolist()
     q_parts = q_RHD.split(rows)
     k_blocks, v_blocks = _KeyBlocks(k_KHD, mask), _KeyBlocks(v_KHD, mask)
@@ -86,11 +90,10 @@ def sample_attention(
 
 
 @cache
-def _warn_once(dtype: torch.dtype, width: int) -> None:
-    widths = ", ".join(map(str, cuda.WIDTHS))
+def _warn_once(backend: str, dtype: torch.dtype, width: int) -> None:
     warnings.warn(
-        f"sample_attention: {dtype} with heads of {width} goes through PyTorch, "
-        f"the CUDA kernels take float16 and bfloat16 with heads of {widths}",
+        f"sample_attention: {dtype} with heads of {width} goes through PyTorch's dense attention, "
+        f"the backend {backend} takes {COMPILED[backend].TAKES}",
         stacklevel=3,
     )
 

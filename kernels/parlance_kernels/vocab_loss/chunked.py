@@ -46,21 +46,24 @@ class Terms(NamedTuple):
     part: VocabPart | None = None
 
 
+class Given(NamedTuple):
+    """The tensors of one call, as `vocab_loss` takes them."""
+
+    h_RD: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    target_R: Tensor
+    term_R: Tensor
+    tuple_PK: Tensor
+
+
 class VocabLoss(torch.autograd.Function):
     """The loss whose forward makes its gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_RD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        target_R: Tensor,
-        term_R: Tensor,
-        tuple_PK: Tensor,
-        terms: Terms,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        work = accumulate(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK, terms, any(ctx.needs_input_grad[:3]))
+    def forward(ctx: Any, terms: Terms, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """tensors: those of `Given`, one by one, as autograd wants them."""
+        work = accumulate(Given(*tensors), terms, any(ctx.needs_input_grad))  # type: ignore[arg-type]
         # Not save_for_backward: these are results, to be scaled in place and handed over without a second copy.
         ctx.made, ctx.lift = work.gradients(), work.lift
         ctx.mark_non_differentiable(work.ce_T, work.kl_Q)
@@ -75,24 +78,15 @@ class VocabLoss(torch.autograd.Function):
         factor = grads[0] / ctx.lift
         # In the precision of the factor, which fp16 could not hold; autograd rounds the product to what the input has.
         scaled = [None if grad is None else grad.to(factor.dtype).mul_(factor) for grad in made]
-        wanted = [grad if needed else None for grad, needed in zip(scaled, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None, None, None, None)
+        wanted = [grad if needed else None for grad, needed in zip(scaled, ctx.needs_input_grad[1:], strict=False)]
+        return (None, *wanted, None, None, None)
 
 
-def accumulate(
-    h_RD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    target_R: Tensor,
-    term_R: Tensor,
-    tuple_PK: Tensor,
-    terms: Terms,
-    with_grad: bool,
-) -> "Accumulator":
+def accumulate(given: Given, terms: Terms, with_grad: bool) -> "Accumulator":
     """Goes through all tuples, then through all rows that are in none."""
-    work = Accumulator(h_RD, weight_VD, bias_V, target_R, term_R, terms, with_grad)
+    work, tuple_PK = Accumulator(given, terms, with_grad), given.tuple_PK
     streams = tuple_PK.shape[1] if tuple_PK.numel() else 1
-    plain_R = torch.ones(len(h_RD), dtype=torch.bool, device=h_RD.device)
+    plain_R = torch.ones(len(given.h_RD), dtype=torch.bool, device=given.h_RD.device)
     plain_R[tuple_PK.reshape(-1)] = False
     if tuple_PK.numel():
         for rows_CK in tuple_PK.split(max(1, terms.chunk_rows // streams)):
@@ -105,18 +99,9 @@ def accumulate(
 class Accumulator:
     """Sums and gradients over the chunks of one call."""
 
-    def __init__(
-        self,
-        h_RD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        target_R: Tensor,
-        term_R: Tensor,
-        terms: Terms,
-        with_grad: bool,
-    ) -> None:
-        self.h_RD, self.weight_VD, self.bias_V = h_RD, weight_VD, bias_V
-        self.target_R, self.term_R, self.terms = target_R, term_R, terms
+    def __init__(self, given: Given, terms: Terms, with_grad: bool) -> None:
+        self.given, self.terms = given, terms
+        h_RD, weight_VD, bias_V = given[:3]
         half = h_RD.dtype in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if half else h_RD.dtype
         self.whole = len(weight_VD) if terms.part is None else terms.part.whole
@@ -145,10 +130,11 @@ class Accumulator:
         """Adds the cross-entropy of every row and the KL of every pair of columns."""
         (chunk, streams), part = rows_CK.shape, self.terms.part
         rows_N = rows_CK.reshape(-1)
-        h_ND = self.h_RD[rows_N]
-        logits_NV = h_ND @ self.weight_VD.T
-        if self.bias_V is not None:
-            logits_NV += self.bias_V
+        weight_VD = self.given.weight_VD
+        h_ND = self.given.h_RD[rows_N]
+        logits_NV = h_ND @ weight_VD.T
+        if self.given.bias_V is not None:
+            logits_NV += self.given.bias_V
         # One exponential serves both the normaliser and the probabilities.
         logp_NV = logits_NV.to(self.dtype)
         largest_N1 = logp_NV.amax(dim=1, keepdim=True)
@@ -156,7 +142,7 @@ class Accumulator:
         p_NV = logp_NV.exp()
         sum_N1 = self._total(p_NV.sum(dim=1, keepdim=True))
         logp_NV -= sum_N1.log()
-        target_N1, term_N = self.target_R[rows_N, None], self.term_R[rows_N]
+        target_N1, term_N = self.given.target_R[rows_N, None], self.given.term_R[rows_N]
         smoothing = self.terms.label_smoothing
         factor_N1: Tensor | float = -(1.0 - smoothing)
         if part is not None:
@@ -181,8 +167,8 @@ class Accumulator:
         if smoothing:
             grad_NV -= ce_scale_N1 * (smoothing / self.whole)
         grad_NV.scatter_add_(1, target_N1, ce_scale_N1 * factor_N1)
-        low_NV = grad_NV.to(self.weight_VD.dtype)
-        self.dh_RD[rows_N] = low_NV @ self.weight_VD
+        low_NV = grad_NV.to(weight_VD.dtype)
+        self.dh_RD[rows_N] = low_NV @ weight_VD
         if self.dweight_VD.dtype == low_NV.dtype:
             self.dweight_VD.addmm_(low_NV.T, h_ND)
         elif self.shrink == 1.0:

@@ -9,7 +9,7 @@ begin on 128 bytes), T cross-entropy terms, P tuples, K streams in a tuple, Q st
 import ctypes
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from parlance_kernels import library
 from parlance_kernels.exit_copy.active_rows import compact_cuda
-from parlance_kernels.vocab_loss.chunked import Terms, accumulate, lift_of, shrink_of
+from parlance_kernels.vocab_loss.chunked import Given, Terms, accumulate, lift_of, shrink_of
 
 # The gradient of the weight is read and written once a chunk, 8 bytes a weight: rows enough to make that little.
 CHUNK_ROWS = 4096
@@ -28,23 +28,34 @@ ALIGNED, PADDED = 8, 64
 Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def vocab_loss_op(
-    h_RD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    target_R: Tensor,
-    term_R: Tensor,
-    tuple_PK: Tensor,
-    terms: Terms,
-) -> tuple[Tensor, Tensor, Tensor]:
+class Asked(NamedTuple):
+    """The operator's arguments, which torch wants one by one. with_grad, with_bias: which gradients are to be made."""
+
+    given: Given
+    terms: Terms
+    with_grad: bool
+    with_bias: bool
+
+    def flat(self) -> tuple[Any, ...]:
+        """As `loss_torch` has them."""
+        ce_scale, kl_pairs, kl_scale, *numbers = self.terms
+        pairs = [stream for pair in kl_pairs for stream in pair]
+        return *self.given, list(ce_scale), pairs, list(kl_scale), *numbers, self.with_grad, self.with_bias
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> "Asked":
+        """From what `flat` made."""
+        ce_scale, kl_pairs, kl_scale, smoothing, chunk_rows, with_grad, with_bias = arguments[len(Given._fields) :]
+        pairs = tuple(zip(kl_pairs[::2], kl_pairs[1::2], strict=True))
+        terms = Terms(tuple(ce_scale), pairs, tuple(kl_scale), smoothing, chunk_rows)
+        return cls(Given(*arguments[: len(Given._fields)]), terms, with_grad, with_bias)
+
+
+def vocab_loss_op(given: Given, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
     """`vocab_loss` by the operator."""
-    given = [x for x in (h_RD, weight_VD, bias_V) if x is not None]
-    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    flat = [stream for pair in terms.kl_pairs for stream in pair]
-    made = loss(
-        h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK, list(terms.ce_scale), flat, list(terms.kl_scale),
-        terms.label_smoothing, terms.chunk_rows, with_grad, with_grad and bias_V is not None and bias_V.requires_grad,
-    )  # fmt: skip
+    with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given[:3])
+    with_bias = with_grad and given.bias_V is not None and given.bias_V.requires_grad
+    made = loss(*Asked(given, terms, with_grad, with_bias).flat())
     return made[0], made[1], made[2]
 
 
@@ -54,8 +65,9 @@ def loss_torch(
     with_grad: bool, with_bias: bool,
 ) -> Made:  # fmt: skip
     """Loss, sums of its terms, and `lift` times its gradients of h, weight and bias, empty where not asked for."""
-    terms = _terms(ce_scale, kl_pairs, kl_scale, smoothing, chunk_rows)
-    work = accumulate(h_RD.contiguous(), weight_VD, bias_V, target_R, term_R, tuple_PK, terms, with_grad)
+    given = Given(h_RD.contiguous(), weight_VD, bias_V, target_R, term_R, tuple_PK)
+    numbers = ce_scale, kl_pairs, kl_scale, smoothing, chunk_rows, with_grad, with_bias
+    work = accumulate(given, Asked.of((*given, *numbers)).terms, with_grad)
     dh_RD, dweight_VD, dbias_V = _nothing(h_RD)
     if work.dh_RD is not None and work.dweight_VD is not None:
         dh_RD, dweight_VD = work.dh_RD, work.dweight_VD
@@ -64,20 +76,18 @@ def loss_torch(
     return work.total(), work.ce_T, work.kl_Q, dh_RD, dweight_VD, dbias_V
 
 
-def loss_cuda(
-    h_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_R: Tensor, term_R: Tensor, tuple_PK: Tensor,
-    ce_scale: list[float], kl_pairs: list[int], kl_scale: list[float], smoothing: float, chunk_rows: int,
-    with_grad: bool, with_bias: bool,
-) -> Made:  # fmt: skip
-    """The same with one kernel between the products of a chunk. bf16, fp16 or fp32.
+def loss_cuda(*arguments: Any) -> Made:
+    """The same, of the same arguments, with one kernel between the products of a chunk. bf16, fp16 or fp32.
 
     A target or term that does not exist makes the loss NaN: to ask for it would make the host wait.
 
     Raises:
         ValueError: another dtype, or more streams, terms or pairs than the kernel takes.
     """
-    terms = _terms(ce_scale, kl_pairs, kl_scale, smoothing, chunk_rows)
-    _check(h_RD, weight_VD, target_R, term_R, tuple_PK, terms)
+    given, terms, with_grad, with_bias = Asked.of(arguments)
+    _check(given, terms)
+    h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK = given
+    chunk_rows = terms.chunk_rows
     rows, vocabulary = len(h_RD), len(weight_VD)
     lift, tuples, streams = lift_of(terms, h_RD.dtype), 0, 1
     if terms.kl_pairs:
@@ -104,10 +114,10 @@ def loss_cuda(
         else:
             torch.addmm(bias_W, h_sorted_RD[begin:end], weight_WD.T, out=g_NW)
         kl = kl_PQ[begin // k : end // k] if k > 1 else None
-        sizes = (end - begin) // k, k, vocabulary, len(weight_WD), len(ce_scale), int(with_grad), THREADS
+        sizes = (end - begin) // k, k, vocabulary, len(weight_WD), len(terms.ce_scale), int(with_grad), THREADS
         library.call(
             "parlance_vocab_loss", g_NW, target_R[begin:end], term_R[begin:end], *scales, ce_R[begin:end], kl, *sizes,
-            library.dtype_code(h_RD), float(smoothing),
+            library.dtype_code(h_RD), float(terms.label_smoothing),
         )  # fmt: skip
         if with_grad:
             torch.mm(g_NW, weight_WD, out=dh_RD[begin:end])
@@ -118,15 +128,8 @@ def loss_cuda(
     total, sums = _sums(ce_R, term_R, kl_PQ, terms)
     if with_grad and order_R is not None:
         dh_RD = torch.empty_like(dh_RD).index_copy_(0, order_R, dh_RD)
-    ce_T, kl_Q = (x.clone() for x in sums.split([len(ce_scale), len(kl_scale)]))
+    ce_T, kl_Q = (x.clone() for x in sums.split([len(terms.ce_scale), len(terms.kl_scale)]))
     return total, ce_T, kl_Q, dh_RD, dweight_WD[:vocabulary], dbias_V
-
-
-def _terms(
-    ce_scale: list[float], kl_pairs: list[int], kl_scale: list[float], smoothing: float, chunk_rows: int
-) -> Terms:
-    pairs = tuple(zip(kl_pairs[::2], kl_pairs[1::2], strict=True))
-    return Terms(tuple(ce_scale), pairs, tuple(kl_scale), smoothing, chunk_rows)
 
 
 def _nothing(h_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +138,8 @@ def _nothing(h_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return h_RD.new_empty(0), h_RD.new_empty(0, dtype=wide), h_RD.new_empty(0, dtype=wide)
 
 
-def _check(h_RD: Tensor, weight_VD: Tensor, target_R: Tensor, term_R: Tensor, tuple_PK: Tensor, terms: Terms) -> None:
+def _check(given: Given, terms: Terms) -> None:
+    h_RD, weight_VD, _, target_R, term_R, tuple_PK = given
     library.dtype_code(h_RD)
     for name, x in (("targets", target_R), ("terms", term_R), ("tuples", tuple_PK)):
         if x.dtype != torch.int64:
@@ -159,9 +163,14 @@ def _tuples_first(rows: int, tuple_PK: Tensor) -> Tensor:
     return torch.cat([tuple_PK.reshape(-1), others_R[: rows - tuple_PK.numel()]])
 
 
+def padding(vocabulary: int) -> int:
+    """Columns that `_padded` adds."""
+    return -vocabulary % PADDED if vocabulary % ALIGNED else 0
+
+
 def _padded(x: Tensor) -> Tensor:
     """Zeros behind the vocabulary where its length would keep products from reading 16 bytes at a time."""
-    more = -len(x) % PADDED if len(x) % ALIGNED else 0
+    more = padding(len(x))
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, more)) if more else x.contiguous()
 
 
@@ -216,13 +225,11 @@ def _sums(ce_R: Tensor, term_R: Tensor, kl_PQ: Tensor, terms: Terms) -> tuple[Te
     return total, sums
 
 
-def _made_like(
-    h_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_R: Tensor, term_R: Tensor, tuple_PK: Tensor,
-    ce_scale: list[float], kl_pairs: list[int], kl_scale: list[float], smoothing: float, chunk_rows: int,
-    with_grad: bool, with_bias: bool,
-) -> Made:  # fmt: skip
+def _made_like(*arguments: Any) -> Made:
+    (h_RD, weight_VD, *_), terms, with_grad, with_bias = Asked.of(arguments)
     wide = torch.promote_types(h_RD.dtype, torch.float32)
-    total, ce_T, kl_Q = (h_RD.new_empty(shape, dtype=wide) for shape in ((), len(ce_scale), len(kl_scale)))
+    shapes = (), len(terms.ce_scale), len(terms.kl_scale)
+    total, ce_T, kl_Q = (h_RD.new_empty(shape, dtype=wide) for shape in shapes)
     dh_RD = h_RD.new_empty(h_RD.shape if with_grad else 0)
     dweight_VD = h_RD.new_empty(weight_VD.shape if with_grad else 0, dtype=wide)
     return total, ce_T, kl_Q, dh_RD, dweight_VD, h_RD.new_empty(len(weight_VD) if with_bias else 0, dtype=wide)
@@ -257,8 +264,8 @@ loss_backward.register_fake(_scaled_like)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Made) -> None:
-    h_RD, _, bias_V, _, _, _, ce_scale, kl_pairs, kl_scale, smoothing, chunk_rows, ctx.with_grad, _ = inputs
-    ctx.lift = lift_of(_terms(ce_scale, kl_pairs, kl_scale, smoothing, chunk_rows), h_RD.dtype)
+    (h_RD, _, bias_V, *_), terms, ctx.with_grad, _ = Asked.of(inputs)
+    ctx.lift = lift_of(terms, h_RD.dtype)
     ctx.dtypes = h_RD.dtype, h_RD.dtype if bias_V is None else bias_V.dtype
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[1:])

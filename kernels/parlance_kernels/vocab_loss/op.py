@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parlance_kernels.backend import resolve
 from parlance_kernels.vocab_loss import cuda
-from parlance_kernels.vocab_loss.chunked import CHUNK_ROWS, Terms, VocabLoss
+from parlance_kernels.vocab_loss.chunked import CHUNK_ROWS, Given, Terms, VocabLoss
 from parlance_kernels.vocab_part import VocabPart
 
 
@@ -56,9 +56,7 @@ def vocab_loss(
     if chunk_rows is None:
         chunk_rows = cuda.CHUNK_ROWS if chosen == "cuda" and h_RD.is_cuda else CHUNK_ROWS
     terms = Terms(tuple(ce_scale), tuple(kl_pairs), tuple(kl_scale), label_smoothing, chunk_rows, part)
-    total, ce_T, kl_Q = (
-        cuda.vocab_loss_op(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK, terms)
-        if chosen == "cuda" and part is None
-        else VocabLoss.apply(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK, terms)
-    )
+    given = Given(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK)
+    with_kernel = chosen == "cuda" and part is None
+    total, ce_T, kl_Q = cuda.vocab_loss_op(given, terms) if with_kernel else VocabLoss.apply(terms, *given)
     return total, ce_T, kl_Q

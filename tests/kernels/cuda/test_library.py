@@ -73,6 +73,35 @@ def test_a_card_and_a_library_make_the_kernels_the_choice(fresh, monkeypatch):
         assert resolve("torch") == "torch"
 
 
+def test_a_card_without_our_kernels_takes_the_library_s_attention(fresh, monkeypatch, tmp_path):
+    Card(monkeypatch, (8, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(library, "PATH", tmp_path / "libparlance_kernels.so")
+    assert available_backends() == ("torch", "library")
+    assert resolve("auto") == resolve("library") == "library"
+    with pytest.raises(ValueError, match="one of auto, torch, library on this machine; the CUDA kernels are not built"):
+        resolve("cuda")
+    with emulated():
+        available_backends.cache_clear()
+        assert available_backends() == ("torch", "library", "cuda") and resolve("auto") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("capability", "flash", "why"),
+    [
+        ((7, 5), True, r"flash attention needs compute capability 8\.0 or later"),
+        ((9, 0), False, "built without CUDA's"),
+    ],
+)
+def test_a_card_or_a_torch_without_flash_attention_is_told_so(fresh, monkeypatch, tmp_path, capability, flash, why):
+    Card(monkeypatch, capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
+    monkeypatch.setattr(library, "PATH", tmp_path / "libparlance_kernels.so")
+    with pytest.raises(ValueError, match=f"backend `library` must be one of auto, torch on this machine; .*{why}"):
+        resolve("library")
+    assert resolve("auto") == "torch"
+
+
 def test_the_backend_decides_what_runs(fresh, monkeypatch):
     monkeypatch.setattr(backend, "available_backends", lambda: ("torch", "cuda"))
     x, rows = torch.randn(3, 4), torch.tensor([1])

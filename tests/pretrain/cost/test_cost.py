@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from parlance_kernels import backend, library
 from parlance_kernels.sample_attention.reference import sample_attention_reference
+from parlance_kernels.vocab_loss import cuda as kernel
 from pretrain import objectives
 from pretrain.checkpoints import checkpoint
 from pretrain.config import EngineConfig, ModelConfig, OptimConfig
 from pretrain.cost.flops import Flops, batch_flops, facts, parameters_by_part
-from pretrain.cost.memory import activation_bytes, checkpoint_bytes, rank_memory
+from pretrain.cost.memory import activation_bytes, checkpoint_bytes, loss_bytes, rank_memory
 from pretrain.cost.peak import DATA_SHEETS, device_peak
 from pretrain.distributed import World
 from pretrain.engine import build
@@ -219,6 +221,13 @@ def test_the_worst_moment_of_an_update_is_near_the_estimate(precision, tmp_path)
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         engine.accumulate([batch], scale)
         engine.step(0.01)
+    computed = rank_memory(module, model, config, 1, "cpu", activation_bytes(model, batch, precision, "cpu"))
+    lasting = sum(computed.device[kind] for kind in ("weights", "masters", "optimizer"))
+    assert computed.total - lasting == pytest.approx(worst_moment(profile, tmp_path), rel=0.25)
+
+
+def worst_moment(profile, tmp_path):
+    """The most bytes that lived at once of those allocated while `profile` watched."""
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     allocated = [event for event in trace if event.get("name") == "[memory]"]
@@ -226,9 +235,38 @@ def test_the_worst_moment_of_an_update_is_near_the_estimate(precision, tmp_path)
     for event in sorted(allocated, key=lambda event: event["ts"]):
         level += event["args"]["Bytes"]
         worst = max(worst, level)
-    computed = rank_memory(module, model, config, 1, "cpu", activation_bytes(model, batch, precision, "cpu"))
-    lasting = sum(computed.device[kind] for kind in ("weights", "masters", "optimizer"))
-    assert computed.total - lasting == pytest.approx(worst, rel=0.25)
+    return worst
+
+
+@pytest.mark.parametrize("vocabulary", [4003, 4096])
+def test_the_kernel_of_the_vocabulary_loss_holds_what_was_computed(vocabulary, tmp_path, monkeypatch):
+    """Everything but the kernel, which allocates nothing, runs on a CPU as it does on a GPU."""
+    monkeypatch.setattr(library, "call", lambda *_: None)
+    rows, width = kernel.CHUNK_ROWS + 300, 16
+    h_RD, weight_VD = torch.ones(rows, width).bfloat16(), torch.ones(vocabulary, width).bfloat16()
+    target_R, tuple_PK = torch.zeros(rows, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64)
+    given = h_RD, weight_VD, None, target_R, target_R, tuple_PK, [1.0], [], [], 0.0, kernel.CHUNK_ROWS, True, False
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        made = kernel.loss_cuda(*given)
+    computed = loss_bytes(ModelConfig(vocab_size=vocabulary, d_model=width), 2, with_kernel=True)
+    assert computed == pytest.approx(worst_moment(profile, tmp_path), rel=0.05)
+    assert len(made[4]) == vocabulary
+
+
+def test_a_gpu_with_the_kernels_has_the_kernel_s_chunks(monkeypatch):
+    config = ModelConfig(vocab_size=2000, d_model=128)
+    with torch.device("meta"):
+        model = EncoderDecoder(config, IDS, backend="torch")
+
+    def loss(device, **engine):
+        engine = EngineConfig(precision="bf16", **engine)
+        return rank_memory(model, config, engine, 1, device, 0).device["vocabulary loss"]
+
+    plain = loss_bytes(config, 2, with_kernel=False)
+    assert loss("cuda") == loss("cpu") == plain
+    monkeypatch.setattr(backend, "available_backends", lambda: ("torch", "cuda"))
+    assert loss("cuda") == loss_bytes(config, 2, with_kernel=True) > plain
+    assert loss("cpu") == loss("cuda", backend="torch") == plain
 
 
 def test_sharding_and_offload_move_bytes():
