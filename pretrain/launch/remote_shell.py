@@ -66,7 +66,7 @@ def exports(
             problems.append(_fail("environment", f"({one.source}) {problem}"))
         elif problem := _value_problem(one.value):
             problems.append(_fail(one.name, f"({one.source}) {problem}"))
-    if (pdsh := variables.get(PDSH_PATH)) and (not _BARE.fullmatch(pdsh) or _PDSH.search(pdsh)):
+    if (given_path := variables.get(PDSH_PATH)) and (not _BARE.fullmatch(given_path) or _PDSH.search(given_path)):
         problems.append(
             _fail(PDSH_PATH, f"{BARE_ALONE}, because pdsh puts it unquoted before the command of the hosts")
         )

@@ -125,6 +125,7 @@ def test_the_whole_of_it_on_one_host(
         assert captured.err == "error: training cannot start on these hosts until this is right: fine\n"
     assert main([*words, f"runs={tmp_path / 'data' / 'manifest.json'}"]) == 0, "a folder above it is there"
     hostfile.write_text("down slots=1\nfine slots=1\n")
+    capsys.readouterr()
     assert main(words) == 3
     told = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in told.splitlines()[3:5]}
