@@ -19,7 +19,7 @@ def run(
 ) -> int:
     """Runs the sub-command that `arguments` (default: the process's own) ask for.
 
-    commands: each adds its parser and sets its `run`. The process's own arguments come with its signals.
+    commands: each adds its parser and sets its `run`. Signals are dealt with where the arguments are the process's own.
 
     Returns:
         the exit code that `pretrain.errors` documents; a ParlanceError is printed as one line.

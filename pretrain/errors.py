@@ -69,7 +69,7 @@ class DiskFullError(DiskError):
 
 
 class NonFiniteError(ParlanceError):
-    """A loss term or gradient was not finite; the state that saw it is never committed.
+    """A loss term, gradient, weight or moment was not finite; the state that saw it is never committed.
 
     samples: (first, count) of the update in the global order, where the loop knows it.
     """

@@ -377,8 +377,9 @@ def test_a_validation_is_given_up_for_a_signal_and_told_to_be_done_again(tmp_pat
     assert hooks.unfinished == report(2)
     again = StepReport.from_json(hooks.unfinished.to_json())
     assert again == report(2) and again.due(2)
-    with pytest.raises(CheckpointError, match="`unfinished` of a checkpoint is damaged"):
-        StepReport.from_json('{"progress": {"step": 1}}')
+    for damaged in ('{"progress": {"step": 1}}', "{}", "[1", 7, again.to_json().replace("losses", "gains")):
+        with pytest.raises(CheckpointError, match="of a checkpoint"):
+            StepReport.from_json(damaged)
 
 
 def test_a_wait_is_given_up_for_a_signal():
