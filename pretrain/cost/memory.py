@@ -23,6 +23,7 @@ from torch import nn
 
 from parlance_kernels import SampleMask
 from parlance_kernels.vocab_loss.chunked import CHUNK_ROWS
+from parlance_kernels.vocab_loss.cuda import CHUNK_ROWS as GPU_CHUNK_ROWS
 from pretrain.config import EngineConfig, ModelConfig
 from pretrain.engine.deepspeed import BUCKET
 from pretrain.engine.state import KEYS
@@ -93,7 +94,10 @@ def rank_memory(
     weights = low * (share + min(count, GATHERED)) if stage == 3 else low * count
 
     heads = config.decoder_layers if config.off_ramps == "separate" else 1  # each holds its gradient until the backward
-    vocabulary = FULL * -(-(config.vocab_size or 0) // degree) * (heads * config.d_model + CHUNK_TENSORS * CHUNK_ROWS)
+    chunk = CHUNK_TENSORS * CHUNK_ROWS * FULL
+    if device == "cuda":  # the kernel writes gradients over the logits; a part of the vocabulary goes through PyTorch
+        chunk = GPU_CHUNK_ROWS * (CHUNK_TENSORS * FULL if degree > 1 else low)
+    vocabulary = -(-(config.vocab_size or 0) // degree) * (FULL * heads * config.d_model + chunk)
     buffers = kept + max(0, reducing - activations - vocabulary)
     parts = {"weights": weights, "gradients": gradients, "masters": masters, "optimizer": moments, "buffers": buffers}
     host: dict[str, int] = {}
