@@ -1,8 +1,8 @@
 """The engine: the one place that runs forward, backward and the update, whatever computes them underneath.
 
 Two implementations of `base.Engine`: plain torch (`local`) and ZeRO 0-3 (`deepspeed`). Their state on disk (`state`:
-full fp32 tensors by parameter name) is the same, so that a run moves between them, between ZeRO stages and between
-numbers of ranks, between degrees of tensor parallelism too, without a conversion.
+full fp32 tensors by parameter name) is the same, so that a run moves between them, between ZeRO stages, numbers of
+ranks and degrees of tensor parallelism without a conversion.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,8 @@ def build(
     world: World,
     user: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Moves `module` to the device, gives every rank the weights of rank 0, and wraps it in the configured engine.
+    """Moves `module`, or its part of it, to the device, gives every rank the weights of rank 0, and wraps it in the
+    configured engine.
 
     Args:
         user: a DeepSpeed configuration of the user's own (`--deepspeed_config`), merged into the derived one.
@@ -42,9 +43,7 @@ def build(
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             raise shared(ConfigError(f"parameter `{name}` must be trainable: an engine updates every parameter"))
-    shared_by = None
-    if world.tensor_parallel > 1:
-        shared_by = TensorParallel(module, world)
+    shared_by = TensorParallel(module, world) if world.tensor_parallel > 1 else None
     module.to(world.device)
     if shared_by is not None:
         shared_by.broadcast(module)

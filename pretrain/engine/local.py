@@ -48,12 +48,12 @@ class LocalEngine(Engine):
         create_state(self._adam, masters.values())
 
     def step(self, lr: float) -> StepResult:
-        group = self.shared_by.data_group if self.shared_by else None
+        same_part = self.shared_by.data_group if self.shared_by else None
         for master in self._masters.values():
             if master.grad is None:  # a weight that no term touched decays and loses momentum, as under ZeRO
                 master.grad = torch.zeros_like(master)
             if self.world.data_size > 1:
-                dist.all_reduce(master.grad, group=group)
+                dist.all_reduce(master.grad, group=same_part)
         norm = clip(self._masters, self._clip, self.shared_by)
         applied = norm < float("inf")
         if applied:

@@ -4,8 +4,7 @@
     state-rank{r}.safetensors  param/NAME, exp_avg/NAME, exp_avg_sq/NAME of every ranks-th parameter, buffer/NAME
 
 Nothing in it depends on the engine, the ZeRO stage, the number of ranks or the degree of tensor parallelism that wrote
-it. The tensors are written as
-they are in memory (fp32; float64 where a local run computes in it).
+it. The tensors are written as they are in memory (fp32; float64 where a local run computes in it).
 """
 
 import errno

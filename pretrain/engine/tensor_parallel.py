@@ -6,7 +6,6 @@ so that the ranks of a group are neighbours, and on one machine where a machine 
 micro-batches; gradients are reduced among the ranks that have the same part.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,8 +104,7 @@ def check(config: ModelConfig, degree: int) -> None:
             raise ConfigError(f"`model.{key}` must be a multiple of `engine.tensor_parallel` ({degree}), got {value}")
     vocabulary = config.vocab_size or 0
     if -(-vocabulary // degree) * (degree - 1) >= vocabulary:
-        least = math.ceil(degree * (degree - 1))
         raise ConfigError(
-            f"`model.vocab_size` must give each of {degree} ranks a part (`engine.tensor_parallel`), {least} do; "
-            f"got {vocabulary}"
+            f"`model.vocab_size` must give each of {degree} ranks a part (`engine.tensor_parallel`), for example "
+            f"{degree * degree}, got {vocabulary}"
         )

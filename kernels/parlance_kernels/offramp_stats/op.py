@@ -9,7 +9,6 @@ Shapes: L rows, V vocabulary, P parts of it.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from parlance_kernels.backend import resolve
@@ -46,7 +45,7 @@ def offramp_stats(
         overwrite: the operator may use the logits as workspace.
         backend: a name that `parlance_kernels.resolve` accepts.
         part: which tokens the logits are of; None: all. Every rank of its group calls this with the same rows and gets
-            the same statistics, those of the whole vocabulary.
+            the same statistics, those of the whole vocabulary. In each part a logit of every row must be finite.
 
     Raises:
         ValueError: logits are no [L, V] with V > 0; a banned token is outside the vocabulary; the backend is unknown.
@@ -74,7 +73,6 @@ def _over_parts(mine: RampStats, part: VocabPart) -> RampStats:
     lse_PL = part.every(mine.lse_L)
     lse_L = lse_PL.logsumexp(dim=0)
     log_w_L = mine.lse_L - lse_L
-    # a part without weight adds nothing, and 0 times inf would be no number
-    entropy_L = part.total(torch.where(log_w_L.isneginf(), 0.0, log_w_L.exp() * (mine.entropy_L - log_w_L)))
+    entropy_L = part.total(log_w_L.exp() * (mine.entropy_L - log_w_L))
     log_p_L, token_L = part.best(mine.log_p_L + log_w_L, mine.token_L)
     return RampStats(entropy_L.clamp(min=0), token_L, log_p_L, part.largest(mine.max_L), lse_L)

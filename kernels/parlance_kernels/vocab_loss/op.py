@@ -52,11 +52,10 @@ def vocab_loss(
     Raises:
         ValueError: the backend is unknown; or, with the kernel, more streams, terms or pairs than it takes.
     """
-    chosen = resolve(backend)
+    with_kernel = resolve(backend) == "cuda" and part is None  # the kernel knows no parts of a vocabulary
     if chunk_rows is None:
-        chunk_rows = cuda.CHUNK_ROWS if chosen == "cuda" and h_RD.is_cuda else CHUNK_ROWS
+        chunk_rows = cuda.CHUNK_ROWS if with_kernel and h_RD.is_cuda else CHUNK_ROWS
     terms = Terms(tuple(ce_scale), tuple(kl_pairs), tuple(kl_scale), label_smoothing, chunk_rows, part)
     given = Given(h_RD, weight_VD, bias_V, target_R, term_R, tuple_PK)
-    with_kernel = chosen == "cuda" and part is None
     total, ce_T, kl_Q = cuda.vocab_loss_op(given, terms) if with_kernel else VocabLoss.apply(terms, *given)
     return total, ce_T, kl_Q
