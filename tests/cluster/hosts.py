@@ -21,7 +21,8 @@ import pytest
 
 NETWORK = "10.177.0"
 PATIENCE = 60.0
-NEEDED = ("ip", "pdsh", "ssh", "ssh-keygen", "/usr/sbin/sshd", "unshare", "nsenter", "mount")
+NEEDED = ("ip", "pdsh", "ssh", "ssh-keygen", "/usr/sbin/sshd", "unshare", "nsenter", "mount", "setpriv")
+WITH_US = ("setpriv", "--pdeathsig", "KILL")  # so that nothing outlives a test that is killed
 INIT = """\
 set -e
 cd {folder}
@@ -101,7 +102,7 @@ class Hosts:
             self._switch.wait()
 
     def _start(self) -> None:
-        self._switch = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
+        self._switch = subprocess.Popen([*WITH_US, "unshare", "-n", "sleep", "infinity"])
         mine = _namespace("self")
         _until(lambda: _namespace(self._switch.pid) not in (None, mine), "the network of the switch")
         inside = ["nsenter", "-t", self._switch.pid, "-n", "ip", "link"]
@@ -128,7 +129,19 @@ class Hosts:
         script = self.folder / f"init.{name}.sh"
         script.write_text(text)
         with (self.folder / f"init.{name}.log").open("wb") as log:
-            words = ["unshare", "-n", "-u", "-m", "-p", "-f", "--mount-proc", "--kill-child", "bash", str(script)]
+            words = [
+                *WITH_US,
+                "unshare",
+                "-n",
+                "-u",
+                "-m",
+                "-p",
+                "-f",
+                "--mount-proc",
+                "--kill-child",
+                "bash",
+                str(script),
+            ]
             return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def _child(self, name: str) -> int | None:
