@@ -101,6 +101,7 @@ def derived(run: Run, settings: RunConfig, dataset: ShardDataset) -> list[str]:
     plan = stream.plan_step(run.progress.position, run.world.data_size)
     micros, parameters = len(plan.micro[0]), sum(math.prod(shape) for shape in run.engine.shapes().values())
     how = f"deepspeed ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else "local"
+    how += f", tensor parallel {engine.tensor_parallel}," if engine.tensor_parallel > 1 else ""
     epochs = stream.epoch(plan.count * steps)
     began = f", begun with those of {settings.init_from}" if settings.init_from else ""
     valid = sum(stream.valid.sizes) if stream.valid is not None else 0

@@ -77,10 +77,10 @@ class Sums:
     def __exit__(self, *_: object) -> None:
         dist.all_reduce = self._plain
 
-    def _count(self, rows: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        if rows.dim() == 2 and rows.shape[1] == SHAPE.d_model:
-            self.bytes += rows.numel() * rows.itemsize
-        return self._plain(rows, *arguments, **options)
+    def _count(self, tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if tensor.dim() == 2 and tensor.shape[1] == SHAPE.d_model:
+            self.bytes += tensor.numel() * tensor.itemsize
+        return self._plain(tensor, *arguments, **options)
 
 
 def measured(world: World, cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
