@@ -23,6 +23,7 @@ from pretrain import config, distributed, objectives, rng, runs
 from pretrain.assemble import with_steps
 from pretrain.bundles.bundle import Bundle, content_sha256, load_bundle, write_bundle
 from pretrain.checkpoints import checkpoint
+from pretrain.claim import claim
 from pretrain.data.plan import BatchSize
 from pretrain.data.stream import SampleStream
 from pretrain.distributed import check_same, together
@@ -31,7 +32,7 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.flatten import flatten
 from pretrain.loop import Hook, Progress
 from pretrain.objectives import ObjectiveModule
-from pretrain.run import Run, claim
+from pretrain.run import Run
 from pretrain.watchdog import Watchdog
 
 BUNDLE, TASK = "bundle", "task"

@@ -25,12 +25,12 @@ RECENT, FEWEST = 64, 16  # updates that a spike is measured by, and without whic
 class Policy(Guard):
     """A guard and a hook. record: writes an event, on every rank.
 
-    jumped: samples that rewinding has left out, {first: count}. rewinds: since the last commit.
+    jumped: samples that rewinding has left out, {first: count}. rewinds: in a row, to the same checkpoint.
     """
 
     def __init__(self, train: TrainConfig, record: Callable[..., None]) -> None:
         self.train, self.record = train, record
-        self.in_a_row = self.rewinds = 0
+        self.in_a_row = self.rewinds = self.rewound_to = 0
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.jumped: dict[int, int] = {}
 
@@ -65,8 +65,10 @@ class Policy(Guard):
         self.in_a_row += 1
         self.record("skip", samples=list(error.samples), message=str(error))
 
-    def rewind(self, error: NonFiniteError) -> bool:
-        """Whether training goes back for `error`; its samples are then left out from now on."""
+    def rewind(self, error: NonFiniteError, step: int) -> bool:
+        """Whether training goes back to `step` for `error`; its samples are then left out from now on."""
+        if step != self.rewound_to:
+            self.rewound_to, self.rewinds = step, 0
         if self.train.on_nonfinite != "rewind" or self.rewinds == self.train.max_skips:
             return False
         self.rewinds += 1

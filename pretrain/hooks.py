@@ -12,13 +12,13 @@ import torch
 
 from pretrain import signals
 from pretrain.checkpoints.commit import disk_errors
-from pretrain.checkpoints.saver import Saver
 from pretrain.distributed import agree, any_rank, shared, sum_counts
 from pretrain.engine import Engine
 from pretrain.errors import ParlanceError, Requeue
 from pretrain.loop import Hook, Progress, StepReport, global_counts, global_means, weighted
 from pretrain.objectives import Preview
 from pretrain.runs import write_text
+from pretrain.saves import Saves
 from pretrain.watch.console import terms
 from pretrain.watch.tensorboard import TensorBoard, plain
 
@@ -34,8 +34,8 @@ class AllRanks:
     unfinished: the report of an update whose hooks were cut short, before it was saved; they want to be run again.
     """
 
-    def __init__(self, hooks: Sequence[Hook], folder: Path, saver: Saver, commit: Callable[[], None]) -> None:
-        self.hooks, self.folder, self.saver, self.commit = hooks, folder, saver, commit
+    def __init__(self, hooks: Sequence[Hook], folder: Path, saves: Saves) -> None:
+        self.hooks, self.folder, self.saves = hooks, folder, saves
         self.unfinished: StepReport | None = None
 
     def after_step(self, report: StepReport) -> None:
@@ -49,11 +49,11 @@ class AllRanks:
                 if problem.shared:
                     raise
                 error = error or problem
-        told = sum_counts({"errors": int(error is not None), "writing": int(self.saver.writing)})
+        told = sum_counts({"errors": int(error is not None), "writing": int(self.saves.writing)})
         if told["errors"]:
             agree(error)
         if report.last or not told["writing"]:
-            self.commit()
+            self.saves.commit()
 
 
 class Validation:

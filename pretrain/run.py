@@ -15,9 +15,7 @@ from pydantic import BaseModel
 
 from pretrain import config, distributed, rng, runs, slurm
 from pretrain.checkpoints import checkpoint
-from pretrain.checkpoints.checkpoint import read_progress
 from pretrain.checkpoints.commit import Store, disk_errors
-from pretrain.checkpoints.patience import Patience
 from pretrain.checkpoints.saver import Saver, Spare
 from pretrain.config import EngineConfig, OptimConfig, TrainConfig
 from pretrain.cost import flops
@@ -25,15 +23,16 @@ from pretrain.cost.peak import device_peak
 from pretrain.data.stream import SampleStream
 from pretrain.distributed import World, together
 from pretrain.engine import Engine
-from pretrain.errors import CheckpointError, DiskError, NonFiniteError, ParlanceError, Requeue
+from pretrain.errors import DiskError, NonFiniteError, ParlanceError, Requeue
 from pretrain.faults import Policy
 from pretrain.hooks import AllRanks, Save, Skips, StopOnSignal, Validation, stopped
 from pretrain.loop import Hook, Progress, StepReport, Window, fit
 from pretrain.models import EncoderDecoder
 from pretrain.optim import learning_rate
+from pretrain.saves import Saves
 from pretrain.signals import Signals
 from pretrain.watch import cosine
-from pretrain.watch.console import Console, Meter, short
+from pretrain.watch.console import Console, short
 from pretrain.watch.cosine import GradientCosine
 from pretrain.watch.exits import ExitRamps
 from pretrain.watch.slow import SlowRanks
@@ -89,13 +88,12 @@ class Run:
         self.given_by, self.skips = given_by, 0
         self.policy = Policy(settings.train, self._bad_update)
         self.unfinished: StepReport | None = None  # of the update that `progress` stands behind
-        self.progress = self.reached = self.last = self._resume()
+        self.progress = self.last = self._resume()
         self.environment = runs.describe_environment(world, self.model.backend)
-        self.meter = Meter()
         self.scores: dict[str, float] = {}  # what rank 0 has measured since the last update
         self.spare: Spare = lambda store: ()
-        self.saver = Saver(store, engine, world, settings.train.keep, lambda store: self.spare(store))
-        self._copied = self.progress, self.meter  # what goes with the save that is not committed yet
+        saver = Saver(store, engine, world, settings.train.keep, lambda store: self.spare(store))
+        self.saves = Saves(saver, self.events, self.progress, settings.train.async_save)
         self.console: Console | None = None
         self.board: TensorBoard | None = None
 
@@ -169,10 +167,14 @@ class Run:
         Signals are remembered from here on: before, there is nothing to save, and a rank that waits for the others must
         not outlive one.
         """
-        with Signals() as signals, self._journal(), self._last_commit():
-            self.saver.patience = Patience(self.settings.train.disk_patience, self._tell, lambda: signals.received)
-            save = Save(self.settings.train.save_every, self._save)
-            hooks = AllRanks(together(lambda: self._hooks(save, texts)), self.folder, self.saver, self._commit)
+        train, say = self.settings.train, self.note or print
+        with (
+            Signals() as signals,
+            self._journal(),
+            self.saves.patient(train.disk_patience, say, lambda: signals.received),
+        ):
+            save = Save(train.save_every, self._save)
+            hooks = AllRanks(together(lambda: self._hooks(save, texts)), self.folder, self.saves)
             while True:
                 try:
                     progress = self._fit(signals, hooks)
@@ -182,10 +184,10 @@ class Run:
                     save.saved_step = -1
                 except Requeue:
                     self.unfinished = hooks.unfinished
-                    if self.last.step > self.reached.step:
+                    if self.last.step > self.saves.reached.step:
                         save.now(self.last)
-                        self._commit()
-                    raise stopped(self.reached.step) from None
+                        self.saves.commit()
+                    raise stopped(self.saves.reached.step) from None
         if self.console is not None:
             self.console.note(f"finished at step {progress.step}, saved in {self.folder}; more: train.steps=...")
         return progress
@@ -229,68 +231,20 @@ class Run:
     def after_step(self, report: StepReport) -> None:
         """A hook itself, the first: adds up what updates take, for the record of the next save; forgets old scores."""
         self.last = report.progress
-        self.meter.add(report)
+        self.saves.meter.add(report)
         self.scores.clear()
         if self.board is not None:
             self.board.skipped(report.step, self.skips)
 
     def _save(self, progress: Progress) -> None:
-        """Begins a checkpoint, when the one before is committed; ends it, too, without `train.async_save`; collective.
-
-        One that `train.save_every` asks for also keeps what was measured at its step.
-        """
+        """Begins a checkpoint; collective. One that `train.save_every` asks for keeps what was measured at its step."""
         train = self.settings.train
-        content = {**progress.to_json(), "data": self.data, "kernels": self.model.backend, "fixed": self.fixed}
-        content |= self.policy.to_json()
+        content = {"data": self.data, "kernels": self.model.backend, "fixed": self.fixed, **self.policy.to_json()}
         if self.unfinished is not None:
             content["unfinished"] = self.unfinished.to_json()
         elif progress.step % train.save_every == 0 or progress.step == train.steps:
             content["scores"] = {name: value for name, value in self.scores.items() if math.isfinite(value)}
-        self._commit()
-        self.saver.start(progress.step, content)
-        self._copied, self.meter = (progress, self.meter), Meter()
-        if not train.async_save:
-            self._commit()
-
-    def _commit(self) -> None:
-        """Commits what was begun, if anything, and deletes what `train.keep` no longer covers; collective."""
-        saved = self.saver.finish()
-        if saved is None:
-            return
-        self.reached, spent = self._copied
-        self.policy.rewinds = 0
-        times = {
-            "seconds": spent.seconds,
-            "wait_seconds": spent.wait_seconds,
-            "save_seconds": saved.seconds,
-            "write_seconds": saved.write_seconds,
-            **({"paused_seconds": saved.paused_seconds} if saved.paused_seconds else {}),
-        }
-        told = {name: round(value, 3) for name, value in times.items()}
-        self.saver.patience(lambda: self._record("save", saved.step, **told))
-
-    @contextmanager
-    def _last_commit(self) -> Iterator[None]:
-        """What was begun is committed, too, where all ranks end together, by a signal or by an error."""
-        try:
-            yield
-        except Requeue:
-            self._commit()
-            raise
-        except ParlanceError as error:
-            if error.shared:
-                self.saver.patience = Patience()
-                with suppress(ParlanceError):  # the first error is told
-                    self._commit()
-            raise
-
-    def _tell(self, line: str, paused: bool) -> None:
-        if self.world.rank == 0:
-            with suppress(OSError):  # the console may be a file on that disk
-                (self.note or print)(line)
-            with suppress(ParlanceError):
-                if paused:
-                    self.events.add("pause", self.reached.step, message=line)
+        self.saves.begin(progress, content)
 
     def _resume(self) -> Progress:
         """Restores the last verified checkpoint; without one, gives each rank dropout of its own and starts at 0."""
@@ -313,13 +267,14 @@ class Run:
 
     def _rewind(self, error: NonFiniteError) -> None:
         """Back to the last verified checkpoint, if the policy and the disk allow it; raises `error` if not."""
-        self._commit()
-        at = self.reached.step
-        if not at or not self.policy.rewind(error):
+        self.saves.commit()
+        at = self.saves.reached.step
+        if not at or not self.policy.rewind(error, at):
             raise error
         self._record("rewind", at, samples=list(error.samples) if error.samples else None, message=str(error))
-        self.progress = self.reached = self.last = self._resume()
-        self.meter, self.skips = Meter(), self.skips + 1
+        self.progress = self.last = self._resume()
+        self.saves.back_to(self.progress)
+        self.skips += 1
         if self.board is not None and self.console is not None:
             self.board.back_to(self._drawn)
             self.console.back_to(self.progress.step, f"{error}; going on from step {self.progress.step}")
@@ -341,12 +296,12 @@ class Run:
             yield
         except Requeue:
             with suppress(DiskError):  # what stopped is saved, or has said why it is not
-                self._record("stop", self.reached.step)
+                self._record("stop", self.saves.reached.step)
             raise
         except ParlanceError as error:
             if self.world.rank == 0:
                 with suppress(ParlanceError):  # a full disk is told once
-                    self.events.add("error", self.reached.step, kind=type(error).__name__, message=str(error))
+                    self.events.add("error", self.saves.reached.step, kind=type(error).__name__, message=str(error))
             raise
         self._record("finish", self.settings.train.steps)
 
@@ -370,35 +325,3 @@ class Run:
     def _skipped(self, report: StepReport) -> None:
         self.skips += 1
         self._record("skip", report.step, loss_scale=report.loss_scale)
-
-
-def claim(
-    settings: Settings,
-    store: Store,
-    complete: Callable[[Any], BaseModel],
-    fixed: Sequence[str],
-    free: Sequence[str] = (),
-) -> dict[str, Any]:
-    """What changed since the run was last started; raises where this configuration may not continue it.
-
-    What the newest checkpoint keeps of its configuration goes before config.yaml, which people can edit.
-
-    complete: fills in the defaults of options that config.yaml or checkpoint may be too old to hold.
-    """
-    assert isinstance(settings, BaseModel)
-    newest = store.latest() if settings.train.resume == "auto" else None
-    if newest is None and not store.commits():
-        return {}
-    if settings.train.resume == "never":
-        raise CheckpointError(
-            f"run `{settings.run_dir}` has checkpoints and `train.resume` is never: choose another `name`"
-        )
-    before = runs.read_config(settings.run_dir, type(settings))
-    if before is None:
-        raise CheckpointError(
-            f"`{settings.run_dir / runs.CONFIG}` must be there: without it nobody knows what its checkpoints were "
-            "trained as; bring it back, or choose another `name`"
-        )
-    saved = read_progress(newest)["progress"].get("fixed") if newest else None
-    past = complete(runs.with_fixed(complete(before), saved, free))
-    return runs.check_continues(settings, past, settings.run_dir, fixed, free)

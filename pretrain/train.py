@@ -11,6 +11,7 @@ import numpy as np
 from pretrain import config, distributed, objectives, runs
 from pretrain.assemble import build_module, build_stream, complete_config, readable
 from pretrain.checkpoints import checkpoint
+from pretrain.claim import claim
 from pretrain.config import RunConfig
 from pretrain.data.dataset import ShardDataset
 from pretrain.data.stream import FIXED_SEED, sample_rng
@@ -21,7 +22,7 @@ from pretrain.flatten import flatten
 from pretrain.hooks import TextSamples
 from pretrain.loop import Hook, Progress
 from pretrain.parsing import read_json
-from pretrain.run import PREVIEWS, Run, claim
+from pretrain.run import PREVIEWS, Run
 from pretrain.watch.console import short
 from pretrain.watch.pictures import mask_pictures
 from pretrain.watchdog import Watchdog

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from pretrain.distributed import shared, sum_counts
 from pretrain.errors import DiskFullError, Requeue
+from pretrain.watchdog import sign_of_life
 
 RETRY = 3.0  # seconds between two tries; a signal is noticed as often
 MadeT = TypeVar("MadeT")
@@ -46,6 +47,7 @@ class Patience:
                 over = time.monotonic() - began >= self.seconds
                 told = sum_counts({"stopped": int(self.stopped()), "over": int(over)})
                 if not told["stopped"] and not told["over"]:
+                    sign_of_life()
                     time.sleep(min(RETRY, self.seconds))
                     continue
                 self.paused += time.monotonic() - began

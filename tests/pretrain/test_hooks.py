@@ -367,7 +367,7 @@ def test_a_validation_is_given_up_for_a_signal_and_told_to_be_done_again(tmp_pat
 
     save = Save(1, lambda progress: saved.append(progress.step))
     each = [Validation(Signalled(), [Batch(1)] * 5, 2, None, None), save, StopOnSignal(save)]
-    hooks = AllRanks(each, tmp_path, SimpleNamespace(writing=False), lambda: None)
+    hooks = AllRanks(each, tmp_path, SimpleNamespace(writing=False, commit=lambda: None))
     with Signals():
         hooks.after_step(report(1))
         assert hooks.unfinished is None and saved == [1]
