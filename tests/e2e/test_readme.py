@@ -45,8 +45,9 @@ def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     words = shlex.split(command)
     settings = dict(word.split("=", 1) for word in words if "=" in word and word.split("=")[0].isupper())
     words = words[len(settings) :]
+    words, to = (words[: words.index(">")], words[-1]) if ">" in words else (words, "")
     for config, overrides in SMALLER.items():
-        words += overrides if config in words else []
+        words += overrides if config in words and "slurm" not in words else []
     if words[0] == "tensorboard":
         words.append("--inspect")
     beside = str(Path(sys.executable).parent)
@@ -56,7 +57,10 @@ def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     if words[0] == "deepspeed" and "--num_gpus" not in words:  # without a GPU it must be told how many ranks
         words[1:1] = ["--num_gpus", "1"]
     env = os.environ | here | settings
-    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    if to:
+        (folder / to).write_text(ended.stdout)
+    return ended
 
 
 @pytest.fixture
