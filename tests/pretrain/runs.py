@@ -82,7 +82,7 @@ def command(*arguments: Any, launcher: tuple[str, ...] = (sys.executable, "-m"))
     return process.returncode, out + err
 
 
-def wait_for_save(process: "subprocess.Popen[str]", run: Path, seconds: float = 60.0) -> None:
+def wait_for_save(process: "subprocess.Popen[str]", run: Path, seconds: float = 150.0) -> None:
     """Returns after the first checkpoint of this life; fails if the process ends before it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
