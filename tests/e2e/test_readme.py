@@ -81,6 +81,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(1500)
 def test_every_command_runs(checkout: Path) -> None:
     told = commands()
     assert len(told) >= 12
