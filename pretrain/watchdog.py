@@ -77,6 +77,8 @@ class Watchdog:
         self.launchers = launchers()
         if self.watched:
             self.store = _connect()
+            with suppress(RuntimeError):  # who this is, before anything can happen to it
+                self._set(self._beat())
         works = [self._look, self._speak] if self.watched else [self._look] if self.launchers else []
         self.threads = [threading.Thread(target=work, name="watchdog", daemon=True) for work in works]
         for thread in self.threads:

@@ -168,7 +168,7 @@ def begun(log: Callable[[], str], what: str) -> None:
 def test_who_insists_is_obeyed_at_once(number: signal.Signals, count: int, data: Path, tmp_path: Path) -> None:
     made, run = configs(tmp_path, data), tmp_path / "runs" / "signalled"
     stuck = partial(endless, "pretrain.engine.local.LocalEngine.evaluate")
-    given = ("train", made["signalled"], "train.save_every=2")
+    given = ("train", made["signalled"], "train.save_every=2", "train.async_save=false")
     life = Forked(tmp_path / "log", *given, before=stuck, ranks=1)
     begun(life.printed, "it has begun")
     for _ in range(count):

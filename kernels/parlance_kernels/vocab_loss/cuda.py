@@ -37,10 +37,10 @@ class Asked(NamedTuple):
     with_bias: bool
 
     def flat(self) -> tuple[Any, ...]:
-        """As `loss_torch` has them."""
-        ce_scale, kl_pairs, kl_scale, *numbers = self.terms
-        pairs = [stream for pair in kl_pairs for stream in pair]
-        return *self.given, list(ce_scale), pairs, list(kl_scale), *numbers, self.with_grad, self.with_bias
+        """As `loss_torch` has them; a part of the vocabulary is not for the operator."""
+        ce_scale, kl_pairs, kl_scale, smoothing, chunk_rows, _ = self.terms
+        scales = list(ce_scale), [stream for pair in kl_pairs for stream in pair], list(kl_scale)
+        return *self.given, *scales, smoothing, chunk_rows, self.with_grad, self.with_bias
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> "Asked":
