@@ -180,6 +180,8 @@ class Watchdog:
     def _judge(self) -> None:
         """This rank stands still: because it sleeps, or because all ranks wait for each other?"""
         here = self._beat()
+        if self._stack() != self.stack:  # it has gone on since it was last looked at
+            return
         # NCCL looks after its own collectives, and may take longer to connect a thousand ranks.
         if here["waits"] and (self.world.rank or self.world.device.type == "cuda"):
             return
