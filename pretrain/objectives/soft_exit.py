@@ -37,8 +37,8 @@ class SoftExitOptions(Section):
     * `released`: BOS in the first row, MASK rows up to the longest target of the micro-batch, and the right token in
       place of the argmax for 30 % of the rows with a target at each boundary (there, of those behind it, too).
 
-    rows: see `rows_per_text`. given: share of rows that are fed the right token. corruption: of texts; pairs stay as
-    they are.
+    rows: see `rows_per_text`. given: share of rows that are fed the right token in training. corruption: of texts;
+    pairs stay as they are.
     """
 
     name: Literal["soft_exit"] = "soft_exit"
@@ -118,7 +118,9 @@ class SoftExit:
     def losses(self, model: EncoderDecoder, batch: GivenBatch, scale: Mapping[str, float]) -> tuple[Tensor, LossSums]:
         memory_MD = model.encode(batch.source)
         assert isinstance(batch.rows, DecoderRows)
-        states = decode_soft(model, batch.rows, memory_MD, batch.target_L, batch.given_BR)
+        # What is given helps to learn; a loss that is to tell how well a model writes must do without.
+        given = (batch.target_L, batch.given_BR) if model.training else ()
+        states = decode_soft(model, batch.rows, memory_MD, *given)
         target_S, sizes = batch.target_L[batch.real_S], [len(batch.real_S)] * len(states)
         loss = VocabTargets(
             target_R=target_S.repeat(len(states)),

@@ -1,5 +1,7 @@
 """Soft exit: packed rows equal a plain padded loop; what is given is given; neighbours in a batch change nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -131,3 +133,16 @@ def test_a_grown_model_keeps_what_it_had():
     assert len(ramps) == LAYERS - 1 and all(torch.equal(ramp.weight, small.shared.weight) for ramp in ramps)
     with pytest.raises(ValueError, match=r"must keep every parameter, it lacks feedback\.weight"):
         grown.grown(small.config)
+
+
+def test_nothing_is_given_where_a_model_is_judged():
+    model = soft_model()
+    soft = build({"name": "soft_exit", "given": 1.0}, IDS, None, model.config)
+    examples = draw()
+    nothing = [replace(example, given=np.zeros_like(example.given)) for example in examples]
+    told = {}
+    for mode in ("train", "eval"):
+        getattr(model, mode)()
+        for name, batch in (("given", soft.collate(examples)), ("nothing", soft.collate(nothing))):
+            told[mode, name] = float(soft.losses(model, batch, unit_scale(soft, batch))[0])
+    assert told["eval", "given"] == told["eval", "nothing"] and told["train", "given"] != told["train", "nothing"]
