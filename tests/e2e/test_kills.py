@@ -13,20 +13,16 @@ import pytest
 
 from pretrain.runs import read_events
 from tests.e2e.lives import Forked, Launched, a_second_later, final_files, killed, newest
-from tests.pretrain.runs import make_data, training_curve
+from tests.pretrain.runs import SMALL, make_data, training_curve
 
-CONFIG = """
-name: {name}
-runs: {runs}
-data: {{path: {data}, workers: 0}}
-model: {{d_model: 16, encoder_layers: 1, decoder_layers: 2, heads: 2, ffn_dim: 32, max_positions: 128}}
-objective: {{name: janus}}
-batch: {{samples: 6, micro_max_tokens: 96}}
-optim: {{lr: 1e-2, warmup: 2}}
+CONFIG = (
+    SMALL
+    + """\
 engine: {{kind: {engine}, zero_stage: 2}}
 train: {{steps: 100000, log_every: 1, validate_every: 7, validate_batches: 2, sample_every: 5, save_every: {every},
   async_save: {background}}}
 """
+)
 BOTH, FIRST, SECOND = (0, 1), (0,), (1,)
 JOB, ONE = (BOTH,), (SECOND, FIRST)
 Ends = list[tuple[str, tuple[int, ...], str]]

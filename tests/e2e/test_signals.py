@@ -17,19 +17,15 @@ import pytest
 from pretrain.checkpoints.commit import Store
 from pretrain.runs import read_events
 from tests.e2e.lives import PATIENCE, Forked, Launched, a_second_later, final_files, newest
-from tests.pretrain.runs import ROOT, environment, make_data, training_curve
+from tests.pretrain.runs import ROOT, SMALL, environment, make_data, training_curve
 
-CONFIG = """
-name: {name}
-runs: {runs}
-data: {{path: {data}, workers: 0}}
-model: {{d_model: 16, encoder_layers: 1, decoder_layers: 2, heads: 2, ffn_dim: 32, max_positions: 128}}
-objective: {{name: janus}}
-batch: {{samples: 6, micro_max_tokens: 96}}
-optim: {{lr: 1e-2, warmup: 2}}
+CONFIG = (
+    SMALL
+    + """\
 engine: {{kind: local}}
 train: {{steps: 100000, log_every: 1, validate_every: 3, validate_batches: 4, sample_every: 4, save_every: 5}}
 """
+)
 # Where the signal comes: a call, and how many of these go by before it in this life.
 PLACES = {
     "waiting for data": ("pretrain.data.stream._MicroBatches.__getitem__", 11),
@@ -37,7 +33,7 @@ PLACES = {
     "the update": ("pretrain.engine.local.LocalEngine.step", 2),
     "validation": ("pretrain.engine.local.LocalEngine.evaluate", 1),
     "samples": ("pretrain.hooks.TextSamples.after_step", 3),
-    "the save": ("pretrain.engine.state.save", 0),
+    "the save": ("pretrain.engine.state.copy", 0),
     "the commit": ("pretrain.checkpoints.commit.Store._publish", 0),
     "deletion": ("pretrain.checkpoints.commit.Store.retain", 0),
     "rendezvous": ("torch.distributed.init_process_group", 0),

@@ -32,17 +32,23 @@ WORDS = (
     "quickly",
 )
 
-CONFIG = """
-name: tiny
+# Of a run; engine and train are still to come.
+SMALL = """
+name: {name}
 runs: {runs}
 data: {{path: {data}, workers: 0}}
 model: {{d_model: 16, encoder_layers: 1, decoder_layers: 2, heads: 2, ffn_dim: 32, max_positions: 128}}
 objective: {{name: janus}}
 batch: {{samples: 6, micro_max_tokens: 96}}
 optim: {{lr: 1e-2, warmup: 2}}
+"""
+CONFIG = (
+    SMALL
+    + """\
 engine: {{kind: local}}
 train: {{steps: 6, log_every: 1, validate_every: 3, validate_batches: 2, sample_every: 3, save_every: 3}}
 """
+)
 
 
 def write_text(path: Path, documents: int) -> Path:
@@ -62,7 +68,7 @@ def make_data(folder: Path, documents: int, text: str = "a.txt") -> Path:
 
 def write_config(folder: Path, data: Path, name: str = "tiny") -> Path:
     path = folder / f"{name}.yaml"
-    path.write_text(CONFIG.format(runs=folder / "runs", data=data))
+    path.write_text(CONFIG.format(name="tiny", runs=folder / "runs", data=data))
     return path
 
 
