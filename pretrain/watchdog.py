@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import psutil
 from torch import distributed as dist
 
-from pretrain import signals
+from pretrain import processes, signals
 from pretrain.distributed import World
 from pretrain.errors import EXIT_REQUEUE, ParlanceError
 
@@ -38,7 +38,6 @@ VERDICT, SIGNAL = "verdict", "signal"
 ROOT = Path(__file__).resolve().parents[1]
 # A main thread in these files waits for other ranks.
 COLLECTIVE = ("/torch/distributed/", "/deepspeed/", "/pretrain/distributed.py")
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "torch.distributed.launch")
 
 _sign = 0  # counts signs of life
 
@@ -74,7 +73,7 @@ class Watchdog:
         self.done, self.threads = threading.Event(), list[threading.Thread]()
 
     def __enter__(self) -> "Watchdog":
-        self.launchers = launchers()
+        self.launchers = processes.launchers()
         if self.watched:
             self.store = _connect()
             with suppress(RuntimeError):  # who this is, before anything can happen to it
@@ -107,13 +106,13 @@ class Watchdog:
         last = time.monotonic()
         while not self.done.wait(LOOK):
             passed, last = min(time.monotonic() - last, 2 * LOOK), time.monotonic()
-            if any(not _alive(launcher) for launcher in self.launchers):
+            if any(not processes.alive(launcher) for launcher in self.launchers):
                 self.launchers = []
                 os.kill(os.getpid(), signal.SIGUSR1)
             stack, own = self._stack(), {thread.native_id for thread in self.threads}
-            still = stack == self.stack and not _runs(os.getpid(), own)
+            still = stack == self.stack and not processes.runs(os.getpid(), own)
             if still and self.idle > self.limit / 2:  # children are dear to find
-                still = not any(_runs(child.pid) for child in _children())
+                still = not any(processes.runs(child.pid) for child in processes.children())
             self.idle, self.stack = self.idle + passed if still else 0.0, stack
             self.unanswered = self.unanswered + passed if self.asking else 0.0
             if self.unanswered > SILENT:
@@ -165,7 +164,7 @@ class Watchdog:
         self.silent, self.heard = self.silent + passed if beat == self.heard else 0.0, beat
         told: dict[str, Any] = json.loads(beat) if beat else {"host": "an unknown host", "pid": None, "left": None}
         who, pid = f"rank {self.before} on {told['host']}", told["pid"]
-        process = _process(pid) if told["host"] == self.host else None
+        process = processes.living(pid) if told["host"] == self.host else None
         self.visible = self.visible or process is not None  # hosts may share a name, and not their processes
         if told["left"]:
             if self.silent > GRACE:
@@ -173,7 +172,7 @@ class Watchdog:
         elif told["left"] is None and self.visible and process is None and self.silent >= BEAT:
             self._verdict(f"{who} (pid {pid}) is gone: killed, or out of memory")
         elif told["left"] is None and self.silent > SILENT:
-            stopped = process is not None and _state(process) == psutil.STATUS_STOPPED
+            stopped = process is not None and processes.state(process) == psutil.STATUS_STOPPED
             what = "is stopped" if stopped else "tells nothing any more, it or its host was stopped or is gone"
             self._verdict(f"{who} (pid {pid}) {what}")
 
@@ -269,18 +268,6 @@ def place(frame: FrameType | None) -> str:
     return f"{_name(frame)}{code}{f', called at {_name(own)}' if own is not frame else ''}"
 
 
-def launchers() -> list[psutil.Process]:
-    """The processes of `deepspeed` or torchrun that started this one; ranks must not outlive them unseen."""
-    found = []
-    with suppress(psutil.Error):
-        for parent in psutil.Process().parents():
-            words = parent.cmdline()[:4]
-            if not (words and "python" in words[0] and any(name in word for word in words for name in LAUNCHERS)):
-                break
-            found.append(parent)
-    return found
-
-
 def _connect() -> Any:
     """A connection of its own to the store: that of the process group may be waiting."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -308,44 +295,3 @@ def _in_collective(at: TracebackType | None) -> bool:
     while at is not None and at.tb_next is not None:
         at = at.tb_next
     return at is not None and any(part in at.tb_frame.f_code.co_filename for part in COLLECTIVE)
-
-
-def _runs(pid: int, but: Iterable[int | None] = ()) -> bool:
-    """Whether a thread of a process runs, would run if there were a core, or waits for a disk; True if unknown."""
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-    except OSError:
-        return pid == os.getpid()  # no such file system; a child has ended
-    for task in tasks:
-        if task.name.isdecimal() and int(task.name) not in but:
-            with suppress(OSError):
-                name, _, rest = (task / "stat").read_text(errors="replace").rpartition(")")
-                if rest[1:2] in ("R", "D") and "pt_tcpstore" not in name:
-                    return True
-    return False
-
-
-def _children() -> list[psutil.Process]:
-    try:
-        return psutil.Process().children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def _process(pid: int | None) -> psutil.Process | None:
-    try:
-        process = psutil.Process(pid) if pid is not None else None
-        return process if process is not None and _alive(process) else None
-    except psutil.Error:
-        return None
-
-
-def _alive(process: psutil.Process) -> bool:
-    return process.is_running() and _state(process) not in (psutil.STATUS_ZOMBIE, "")
-
-
-def _state(process: psutil.Process) -> str:
-    try:
-        return str(process.status())
-    except psutil.Error:  # it has ended
-        return ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.plain import read_plain
-from pretrain.report.findings import Check
+from pretrain.report.findings import Check, fail
 
 LARGEST_HOSTFILE = 1 << 20
 MOST_HOSTS = 1024  # pdsh is told to serve so many at once; one more would wait for the others to end
@@ -37,7 +37,7 @@ def read_hostfile(path: str | Path) -> tuple[list[Host], list[Check]]:
     try:
         text = read_plain(Path(path), LARGEST_HOSTFILE).decode()
     except (OSError, UnicodeDecodeError) as error:
-        return [], [_fail("hostfile", f"`{path}` cannot be read: {error}")]
+        return [], [fail("hostfile", f"`{path}` cannot be read: {error}")]
     return parse_hostfile(text)
 
 
@@ -57,11 +57,11 @@ def parse_hostfile(text: str) -> tuple[list[Host], list[Check]]:
         if found and not problem:
             hosts.append(Host(found[1], int(found[2]), hosts[-1].ranks.stop if hosts else 0))
         else:
-            problems.append(_fail(f"line {number}", f"{problem}, got {line!r:.120}"))
+            problems.append(fail(f"line {number}", f"{problem}, got {line!r:.120}"))
     if not seen and not problems:
-        problems.append(_fail("hostfile", "must name at least one host, as `HOST slots=N`, it names none"))
+        problems.append(fail("hostfile", "must name at least one host, as `HOST slots=N`, it names none"))
     if len(hosts) > MOST_HOSTS:
-        problems.append(_fail("hostfile", f"must name at most {MOST_HOSTS} hosts, it names {len(hosts)}"))
+        problems.append(fail("hostfile", f"must name at most {MOST_HOSTS} hosts, it names {len(hosts)}"))
     return hosts, problems
 
 
@@ -97,7 +97,3 @@ def _same(name: str) -> str:
         return str(ipaddress.ip_address(name))
     except ValueError:
         return name.lower()
-
-
-def _fail(name: str, text: str) -> Check:
-    return Check("FAIL", name, text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pretrain.launch.hostfile import lines_of
 from pretrain.plain import read_plain
-from pretrain.report.findings import Check
+from pretrain.report.findings import Check, fail
 
 # deepspeed exports variables that begin so; those of NCCL only where it sees a GPU when it is started.
 PREFIXES, ON_CUDA = ("MLFLOW", "PYTHON", "MV2", "UCX"), "NCCL"
@@ -63,13 +63,11 @@ def exports(
             given, problems = [*given, *found], [*problems, *wrong]
     for one in given:
         if problem := _name_problem(one.name):
-            problems.append(_fail("environment", f"({one.source}) {problem}"))
+            problems.append(fail("environment", f"({one.source}) {problem}"))
         elif problem := _value_problem(one.value):
-            problems.append(_fail(one.name, f"({one.source}) {problem}"))
+            problems.append(fail(one.name, f"({one.source}) {problem}"))
     if (given_path := variables.get(PDSH_PATH)) and (not _BARE.fullmatch(given_path) or _PDSH.search(given_path)):
-        problems.append(
-            _fail(PDSH_PATH, f"{BARE_ALONE}, because pdsh puts it unquoted before the command of the hosts")
-        )
+        problems.append(fail(PDSH_PATH, f"{BARE_ALONE}, because pdsh puts it unquoted before the command of the hosts"))
     return {one.name: one for one in given}, problems
 
 
@@ -78,18 +76,18 @@ def read_environment(path: Path) -> tuple[list[Export], list[Check]]:
     try:
         text = read_plain(path, LARGEST_FILE).decode()
     except (OSError, UnicodeDecodeError) as error:
-        return [], [_fail(path.name, f"`{path}` cannot be read: {error}")]
+        return [], [fail(path.name, f"`{path}` cannot be read: {error}")]
     lines = lines_of(text)
     found, problems = [], []
     for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
         where, (name, equals, value) = f"{path} line {number}", line.partition("=")
         if not line.strip() or line.lstrip().startswith("#"):
             kind = "a comment, which deepspeed takes for one" if line.strip() else "blank, on which deepspeed fails"
-            problems.append(_fail(path.name, f"`{where}` must be NAME=value, is {kind}"))
+            problems.append(fail(path.name, f"`{where}` must be NAME=value, is {kind}"))
         elif not equals:
-            problems.append(_fail(path.name, f"`{where}` must be NAME=value, has no `=`"))
+            problems.append(fail(path.name, f"`{where}` must be NAME=value, has no `=`"))
         elif problem := _name_problem(name.strip()):  # what follows may be a secret
-            problems.append(_fail(path.name, f"`{where}` {problem}"))
+            problems.append(fail(path.name, f"`{where}` {problem}"))
         else:
             found.append(Export(name.strip(), value.strip(), where))
     return found, problems
@@ -120,8 +118,8 @@ def check_words(python: str, folder: Path, words: Sequence[str]) -> list[Check]:
     for what, text in (("python", python), ("folder", str(folder))):
         if not _BARE.fullmatch(text) or _PDSH.search(text):
             must = f"{BARE_ALONE}, because deepspeed does not quote it for the hosts"
-            found.append(_fail(what, f"{must}; it is {text!r:.200}"))
-    found += [_fail("command", f"{text!r:.200} {problem}") for text in words if (problem := _word_problem(text))]
+            found.append(fail(what, f"{must}; it is {text!r:.200}"))
+    found += [fail("command", f"{text!r:.200} {problem}") for text in words if (problem := _word_problem(text))]
     return found
 
 
@@ -165,7 +163,3 @@ def _given(variables: Mapping[str, str], name: str) -> Iterable[str]:
 
 def _are(names: Sequence[str]) -> str:
     return "is" if len(names) == 1 else "are"
-
-
-def _fail(name: str, text: str) -> Check:
-    return Check("FAIL", name, text)

@@ -31,6 +31,11 @@ class Check:
     error: type[ParlanceError] = ConfigError
 
 
+def fail(name: str, text: str) -> Check:
+    """Nothing can start before this is mended."""
+    return Check("FAIL", name, text)
+
+
 def good(text: str) -> Finding:
     """Something was checked and is right."""
     return Finding("ok", text)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,14 +104,14 @@ class Hosts:
     def _start(self) -> None:
         self._switch = subprocess.Popen([*WITH_US, "unshare", "-n", "sleep", "infinity"])
         mine = _namespace("self")
-        _until(lambda: _namespace(self._switch.pid) not in (None, mine), "the network of the switch")
+        until(lambda: _namespace(self._switch.pid) not in (None, mine), "the network of the switch")
         inside = ["nsenter", "-t", self._switch.pid, "-n", "ip", "link"]
         _run(*inside, "add", "br0", "type", "bridge")
         _run(*inside, "set", "br0", "up")
         for number, name in enumerate(self.names, 1):
             self._outer[name] = self._boot(name)
-            self._first[name] = _until(lambda name=name: self._child(name), f"process 1 of {name}")
-            _until(lambda name=name: _namespace(self._first[name]) not in (None, mine), f"the network of {name}")
+            self._first[name] = until(lambda name=name: self._child(name), f"process 1 of {name}")
+            until(lambda name=name: _namespace(self._first[name]) not in (None, mine), f"the network of {name}")
             link, first, switch = f"pl{os.getpid() % 100000}h{number}", self._first[name], self._switch.pid
             _run("ip", "link", "add", link, "netns", switch, "type", "veth", "peer", "name", "eth0", "netns", first)
             _run(*inside, "set", link, "master", "br0", "up")
@@ -119,7 +119,7 @@ class Hosts:
             _run(*there, "link", "set", "eth0", "up")
             _run(*there, "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
         for name in self.names:
-            _until((self.folder / f"ready.{name}").exists, f"sshd of {name}: {self.log(name)}")
+            until((self.folder / f"ready.{name}").exists, f"sshd of {name}: {self.log(name)}")
 
     def _boot(self, name: str) -> "subprocess.Popen[bytes]":
         # At a deeper level bash does not take itself for started by sshd, and leaves this machine's ~/.bashrc alone.
@@ -190,13 +190,14 @@ def _namespace(process: int | str) -> str | None:
     return None
 
 
-def _until(ready: Any, what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
+def until(ready: Any, what: str, patience: float = PATIENCE, told: Callable[[], str] = str) -> Any:
+    """What `ready` returns once it is true; fails the test after `patience` seconds, with what `told` says."""
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if found := ready():
             return found
         time.sleep(0.02)
-    raise AssertionError(f"waited {PATIENCE:g} s for {what}")
+    raise AssertionError(f"waited {patience:g} s for {what}{told()}")
 
 
 def _run(*words: Any) -> None:

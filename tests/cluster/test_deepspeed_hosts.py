@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,22 +16,13 @@ from pretrain.checkpoints.commit import Store
 from pretrain.checkpoints.seal import number, verify
 from pretrain.runs import read_events
 from tests.cluster.conftest import Cluster
-from tests.cluster.hosts import Hosts
+from tests.cluster.hosts import Hosts, until
 from tests.pretrain.runs import command, scalars
 
 PATIENCE = 600.0  # four processes that import torch and deepspeed, on a busy machine
 ENDLESS, TAG = 1_000_000, "loss/total"
 # Dropout draws differ between one rank and two.
 PLAIN = ["model.dropout=0.0", "model.attention_dropout=0.0", "train.validate_every=0", "train.sample_every=0"]
-
-
-def until(ready: Callable[[], Any], what: str, log: Path) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := ready():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"waited {PATIENCE:g} s for {what}:\n{log.read_text()[-4000:]}")
 
 
 def last_event(run: Path) -> tuple[str, int]:
@@ -66,20 +56,23 @@ def test_two_hosts_through_a_stop_and_a_dead_pdsh(cluster: Cluster, tmp_path: Pa
     def life(steps: int) -> "subprocess.Popen[str]":
         return cluster.start(hosts, *launcher, *train, f"train.steps={steps}", log=log)
 
+    def wait_for(ready: Callable[[], Any], what: str) -> Any:
+        return until(ready, what, PATIENCE, lambda: f":\n{log.read_text()[-4000:]}")
+
     def saved_after(step: int) -> Callable[[], bool]:
         return lambda: life_1.poll() is not None or (last_event(run)[0] == "save" and last_event(run)[1] > step)
 
     with Hosts(tmp_path / "hosts", ["head", "n1"]) as hosts:
         life_1 = life(ENDLESS)
-        until(saved_after(0), "a checkpoint", log)
+        wait_for(saved_after(0), "a checkpoint")
         assert life_1.poll() is None, log.read_text()
         os.kill(pid_of("deepspeed", life_1), signal.SIGTERM)
         assert life_1.wait(PATIENCE) != 0
-        event, stopped = until(lambda: last_event(run)[0] == "stop" and last_event(run), "the end of the ranks", log)
+        event, stopped = wait_for(lambda: last_event(run)[0] == "stop" and last_event(run), "the end of the ranks")
         assert event == "stop" and number(Store(run).commits()[-1].name) == stopped
 
         life_1 = life(ENDLESS)
-        until(saved_after(stopped), "a checkpoint of the second life", log)
+        wait_for(saved_after(stopped), "a checkpoint of the second life")
         assert life_1.poll() is None, log.read_text()
         os.kill(pid_of("pdsh", life_1), signal.SIGKILL)
         assert life_1.wait(PATIENCE) == 0, "deepspeed says that all is well"

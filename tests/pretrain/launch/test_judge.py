@@ -21,7 +21,7 @@ NEEDS = Needs(
     disk=5 * GB,
     shares={},
 )
-EXPORTS = {"PYTHONPATH": "/work/parlance:/x"}
+EXPORTS = {"PYTHONPATH": "/srv/parlance:/x"}
 
 
 def facts(host: str, **other: Any) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def test_hosts_that_are_alike() -> None:
     ("other", "text", "error"),
     [
         ({"shell": "tcsh"}, "the login shell must be sh or another that knows `export`", ConfigError),
-        ({"folder": "No such file or directory"}, "`/work/parlance` cannot be entered: No such file", ConfigError),
+        ({"folder": "No such file or directory"}, "`/srv/parlance` cannot be entered: No such file", ConfigError),
         ({"machine": ["n1", "boot"], "name": "n1"}, "must be another machine than n1", ConfigError),
         ({"python": "3.12.1"}, "python must be 3.11.7, as here, is 3.12.1", ConfigError),
         ({"packages": {"torch": "2.13.0"}}, "deepspeed must be 0.19.8, as here, is not installed", ConfigError),
