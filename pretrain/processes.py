@@ -1,6 +1,7 @@
 """What processes do, asked of the system: does one run, is it there, who started this one?"""
 
 import os
+import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -8,6 +9,14 @@ from pathlib import Path
 import psutil
 
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "torch.distributed.launch")
+
+
+def system() -> str:
+    """Names what numbers of processes hold in: this boot of this machine, and the container; hosts may share a name."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return socket.gethostname()
 
 
 def launchers() -> list[psutil.Process]:

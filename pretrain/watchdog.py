@@ -65,9 +65,9 @@ class Watchdog:
         self.world, self.limit, self.tell = world, hang_seconds, tell
         self.watched = world.size > 1 and hang_seconds > 0
         self.before = (world.rank - 1) % world.size
-        self.host, self.main = socket.gethostname(), threading.main_thread().ident
+        self.host, self.system, self.main = socket.gethostname(), processes.system(), threading.main_thread().ident
         self.idle = self.silent = self.unanswered = 0.0
-        self.beats, self.asking, self.visible, self.leaving = 0, False, False, False
+        self.beats, self.asking, self.leaving = 0, False, False
         self.heard: bytes | None = None
         self.stack: tuple[int, ...] = ()
         self.done, self.threads = threading.Event(), list[threading.Thread]()
@@ -162,14 +162,15 @@ class Watchdog:
     def _hear(self, beat: bytes | None, passed: float) -> None:
         """How is the rank before this one?"""
         self.silent, self.heard = self.silent + passed if beat == self.heard else 0.0, beat
-        told: dict[str, Any] = json.loads(beat) if beat else {"host": "an unknown host", "pid": None, "left": None}
+        unknown = {"host": "an unknown host", "system": None, "pid": None, "left": None}
+        told: dict[str, Any] = json.loads(beat) if beat else unknown
         who, pid = f"rank {self.before} on {told['host']}", told["pid"]
-        process = processes.living(pid) if told["host"] == self.host else None
-        self.visible = self.visible or process is not None  # hosts may share a name, and not their processes
+        visible = told["system"] == self.system
+        process = processes.living(pid) if visible else None
         if told["left"]:
             if self.silent > GRACE:
                 self._verdict(f"{who} has left with exit code {told['left']}", told["left"])
-        elif told["left"] is None and self.visible and process is None and self.silent >= BEAT:
+        elif told["left"] is None and visible and process is None and self.silent >= BEAT:
             self._verdict(f"{who} (pid {pid}) is gone: killed, or out of memory")
         elif told["left"] is None and self.silent > SILENT:
             stopped = process is not None and processes.state(process) == psutil.STATUS_STOPPED
@@ -239,8 +240,8 @@ class Watchdog:
         waits = frame is not None and any(part in frame.f_code.co_filename for part in COLLECTIVE)
         self.beats += 1
         return {
-            "count": self.beats, "host": self.host, "pid": os.getpid(), "idle": self.idle, "waits": waits,
-            "at": place(frame), "left": left,
+            "count": self.beats, "host": self.host, "system": self.system, "pid": os.getpid(), "idle": self.idle,
+            "waits": waits, "at": place(frame), "left": left,
         }  # fmt: skip
 
     def _set(self, beat: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ ROWS = {
     "kill of one rank": 50,
     "stop of one rank": 10,
     "death of a host under Slurm": 5,
+    "quickstart-size job through a requeue and a resize": 4,
     "signals in each phase": 60,
     "disk full, over quota, read-only, EIO": 40,
     "resume in another world, ZeRO stage or tensor-parallel degree": 12,

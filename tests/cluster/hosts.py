@@ -184,6 +184,21 @@ def login(home: Path) -> dict[str, str]:
     }
 
 
+def below(process: int) -> dict[int, list[str]]:
+    """{process: its words} of all descendants of a process."""
+    found: dict[int, list[str]] = {}
+    with suppress(OSError):
+        for child in map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()):
+            found[child] = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+            found |= below(child)
+    return found
+
+
+def pid_of(program: str, process: "subprocess.Popen[str]") -> int:
+    """The one below `process` whose first words name `program`."""
+    return next(pid for pid, words in below(process.pid).items() if any(Path(w).name == program for w in words[:2]))
+
+
 def _namespace(process: int | str) -> str | None:
     with suppress(OSError):
         return str(Path(f"/proc/{process}/ns/net").readlink())

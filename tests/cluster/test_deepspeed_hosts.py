@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pretrain.checkpoints.commit import Store
 from pretrain.checkpoints.seal import number, verify
 from pretrain.runs import read_events
 from tests.cluster.conftest import Cluster
-from tests.cluster.hosts import Hosts, until
+from tests.cluster.hosts import Hosts, pid_of, until
 from tests.pretrain.runs import command, scalars
 
 PATIENCE = 600.0  # four processes that import torch and deepspeed, on a busy machine
@@ -28,21 +27,6 @@ PLAIN = ["model.dropout=0.0", "model.attention_dropout=0.0", "train.validate_eve
 def last_event(run: Path) -> tuple[str, int]:
     events = read_events(run) if (run / "events.jsonl").exists() else []
     return (events[-1]["event"], events[-1]["step"]) if events else ("", 0)
-
-
-def below(process: int) -> dict[int, list[str]]:
-    """{process: its words} of all descendants of a process."""
-    found: dict[int, list[str]] = {}
-    with suppress(OSError):
-        for child in map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()):
-            found[child] = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-            found |= below(child)
-    return found
-
-
-def pid_of(program: str, process: "subprocess.Popen[str]") -> int:
-    """The one below `process` whose first words name `program`."""
-    return next(pid for pid, words in below(process.pid).items() if any(Path(w).name == program for w in words[:2]))
 
 
 @pytest.mark.slow
