@@ -141,6 +141,16 @@ def exchange(value: Any) -> list[Any]:
     return [json.loads(bytes(one.tolist())) for one in texts]
 
 
+def broadcast(value: Tensor, source: int, group: Any = None) -> None:
+    """Gives `value`, on the device or not, what that of rank `source` holds, on all ranks of `group`."""
+    if _size() == 1:
+        return
+    there = value.to(_device())
+    dist.broadcast(there, src=source, group=group)
+    if there is not value:
+        value.copy_(there)
+
+
 def broadcast_object(value: Any) -> Any:
     """The JSON-able `value` of rank 0 on every rank; what the others pass is ignored."""
     return exchange(value if _rank() == 0 else None)[0]

@@ -15,6 +15,7 @@ Shapes: R rows, L rows with a use, D width, F feed-forward width, V vocabulary.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from parlance_kernels.vocab_loss import chunked
 from parlance_kernels.vocab_loss import cuda as kernel
 from pretrain.config import EngineConfig, ModelConfig
 from pretrain.engine.deepspeed import BUCKET
-from pretrain.engine.state import KEYS
+from pretrain.engine.state import KEYS, deal
 from pretrain.models.rows import LayerWork
 from pretrain.objectives.batch import TokenBatch
 from pretrain.rng import WORDS
@@ -49,15 +50,29 @@ DROPPED_SCORES = 3
 
 @dataclass(frozen=True)
 class Memory:
-    """{kind: bytes} of one rank, on its device and, with offload, in the memory of its host."""
+    """{kind: bytes} of one rank, on its device and in the memory of its host, which may be the same.
+
+    building: bytes of the whole model in the memory of the host, before the rest is there.
+    """
 
     device: Mapping[str, int]
     host: Mapping[str, int] = field(default_factory=dict)
+    building: int = 0
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
         return sum(self.device.values())
+
+    @property
+    def in_host(self) -> int:
+        """The most bytes in the memory of the host, where the device is another one."""
+        return max(sum(self.host.values()), self.building)
+
+    @property
+    def everywhere(self) -> int:
+        """The most bytes in the memory of the host, where the device is the host."""
+        return max(self.total + sum(self.host.values()), self.building)
 
 
 def rank_memory(
@@ -70,6 +85,7 @@ def rank_memory(
     activations: bytes, from `activation_bytes`.
     """
     degree = engine.tensor_parallel
+    host = {"copy for checkpoints": copied_bytes(model, ranks)}
     ranks //= degree
     sizes = part_sizes(model, degree)
     count, half = sum(sizes), engine.precision != "fp32"
@@ -97,16 +113,17 @@ def rank_memory(
     vocabulary = loss_bytes(config, low, with_kernel, degree)
     buffers = kept + max(0, reducing - activations - vocabulary)
     parts = {"weights": weights, "gradients": gradients, "masters": masters, "optimizer": moments, "buffers": buffers}
-    host: dict[str, int] = {}
     if engine.offload != "none":
-        host = {"masters": parts.pop("masters"), "optimizer": parts.pop("optimizer"), "gradients": FULL * share}
+        host |= {"masters": parts.pop("masters"), "optimizer": parts.pop("optimizer"), "gradients": FULL * share}
         if stage < 3:  # beside the sums that the optimizer reads, those of the micro-batches; room to move the largest
             host["gradients"] += FULL * (share + max(sizes))
             parts["buffers"] += FULL * max(sizes)
     if engine.offload == "all":
         host["weights"] = low * share
         parts["weights"] -= low * share
-    return Memory({**parts, "activations": activations, "vocabulary loss": vocabulary}, host)
+    whole = FULL * sum(parameter.numel() for parameter in model.parameters())
+    building = whole if local else whole + FULL * share * half
+    return Memory({**parts, "activations": activations, "vocabulary loss": vocabulary}, host, building)
 
 
 def loss_bytes(config: ModelConfig, low: int, with_kernel: bool, degree: int = 1) -> int:
@@ -187,6 +204,14 @@ def checkpoint_bytes(model: nn.Module, ranks: int) -> int:
     generators = torch.get_rng_state().numel() + 8 * (2 * WORDS + 1)
     written = len(json.dumps(table, separators=(",", ":"))) + len(json.dumps(shapes, indent=1))
     return tensors + written + ranks * (generators + RANK_FILES)
+
+
+def copied_bytes(model: nn.Module, ranks: int) -> int:
+    """What a checkpoint is written from while training goes on: the copy of the rank that has the largest share."""
+    shares, sizes = Counter[int](), [parameter.numel() for parameter in model.parameters()]
+    for owner, size in zip(deal(sizes, ranks), sizes, strict=True):
+        shares[owner] += size
+    return len(KEYS) * FULL * max(shares.values())
 
 
 def _copied(mask: SampleMask) -> int:

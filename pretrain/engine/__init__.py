@@ -8,10 +8,8 @@ ranks and degrees of tensor parallelism without a conversion.
 from collections.abc import Mapping
 from typing import Any
 
-from torch import distributed as dist
-
 from pretrain.config import EngineConfig, OptimConfig
-from pretrain.distributed import World, shared, together
+from pretrain.distributed import World, broadcast, shared, together
 from pretrain.engine.base import Engine, StepResult
 from pretrain.engine.calls import CallGuard
 from pretrain.engine.tensor_parallel import TensorParallel
@@ -30,8 +28,9 @@ def build(
     world: World,
     user: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Moves `module`, or its part of it, to the device, gives every rank the weights of rank 0, and wraps it in the
-    configured engine.
+    """Gives every rank the weights of rank 0, and wraps `module`, or its part of it, in the configured engine.
+
+    The engine moves it to the device, after cutting it where it cuts: the whole need not fit there.
 
     Args:
         user: a DeepSpeed configuration of the user's own (`--deepspeed_config`), merged into the derived one.
@@ -44,12 +43,11 @@ def build(
         if not parameter.requires_grad:
             raise shared(ConfigError(f"parameter `{name}` must be trainable: an engine updates every parameter"))
     shared_by = TensorParallel(module, world) if world.tensor_parallel > 1 else None
-    module.to(world.device)
     if shared_by is not None:
         shared_by.broadcast(module)
     elif world.size > 1:
         for value in module.state_dict().values():
-            dist.broadcast(value, src=0)
+            broadcast(value, 0)
     guard = CallGuard(module, world) if config.check_calls else None  # its hooks must come before the engine's
     engine: Engine
     if config.kind == "local":

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.config import EngineConfig, OptimConfig
-from pretrain.distributed import World, together
+from pretrain.distributed import World, broadcast, together
 from pretrain.engine.base import Engine, StepResult, clip, nothing_to_gather
 from pretrain.engine.tensor_parallel import TensorParallel
 from pretrain.errors import ConfigError
@@ -29,6 +29,7 @@ from pretrain.optim import MOMENTS, adamw, create_state, parameter_groups
 BUCKET = 50_000_000
 # of ZeRO-3; of ZeRO-1 and 2; of the optimizer that deepspeed takes for bf16 with ZeRO-1
 MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -51,22 +52,50 @@ class DeepSpeedEngine(Engine):
         self.whole_gradients = self._stage < 3
         self._own_shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         # deepspeed makes its masters from weights it has rounded to 16 bits; they shall start unrounded
-        exact = {} if config.precision == "fp32" else {n: p.detach().clone() for n, p in module.named_parameters()}
+        exact = self._exact() if config.precision != "fp32" else None
         derived = derive(config, optim, sum(p.numel() for p in module.parameters()))
         merged = together(lambda: merge(derived, user))
         self._adam = adamw(parameter_groups(module, optim.weight_decay), optim)
+        if self._stage == 3:
+            self._cut(merged, PRECISIONS[config.precision])
         with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints memory figures
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=merged, mpu=shared_by)
         self._zero: Any = self._engine.optimizer
         create_state(self._adam, self._flat())
         if self._stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()  # links the moments to the parameters they belong to
-        for name, value in exact.items():
-            self._write(name, {"param": value})
+        if exact is not None:
+            self._write_exact(exact)
         self.refresh()
         if config.precision == "fp16":
             # at the smallest scale the loop decides what to do about another overflow
             self._zero.loss_scaler.raise_error_at_min_scale = False
+
+    def _cut(self, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """Gives every rank its share of each weight, one by one: deepspeed would first move the whole to the device."""
+        import deepspeed
+
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.to(dtype)
+        for buffer in self.module.buffers():
+            buffer.data = buffer.data.to(self.world.device)
+        group = self.shared_by.data_group if self.shared_by else None
+        deepspeed.zero.Init(self.module, data_parallel_group=group, config_dict_or_path=config, mpu=self.shared_by)
+
+    def _exact(self) -> dict[str, Tensor]:
+        """Copies of the weights, each on one of the ranks that hold it."""
+        mine, ranks = self.world.data_rank, self.world.data_size
+        named = enumerate(self.module.named_parameters())
+        return {name: p.detach().clone() for number, (name, p) in named if number % ranks == mine}
+
+    def _write_exact(self, exact: dict[str, Tensor]) -> None:
+        world, group = self.world, self.shared_by.data_group if self.shared_by else None
+        for number, (name, shape) in enumerate(self._own_shapes.items()):
+            owner = number % world.data_size * world.tensor_parallel + world.tensor_rank
+            value = exact.pop(name) if owner == world.rank else torch.empty(shape)
+            value = value.to(world.device)
+            broadcast(value, owner, group)
+            self._write(name, {"param": value})
 
     def step(self, lr: float) -> StepResult:
         for group in self._adam.param_groups:

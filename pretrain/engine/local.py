@@ -33,7 +33,7 @@ class LocalEngine(Engine):
         world: World,
         shared_by: TensorParallel | None = None,
     ) -> None:
-        self.module, self.world, self.shared_by = module, world, shared_by
+        self.module, self.world, self.shared_by = module.to(world.device), world, shared_by
         self._clip = optim.clip
         groups = parameter_groups(module, optim.weight_decay)
         masters: dict[nn.Parameter, Tensor] = {p: p for p in module.parameters()}

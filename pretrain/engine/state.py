@@ -1,17 +1,19 @@
 """Engine state on disk: full fp32 tensors by parameter name, cut into one safetensors file per rank, and no pickle.
 
     state.json                 {"format", "ranks", "updates", "loss_scale", "parameters": {name: shape}, "buffers"}
-    state-rank{r}.safetensors  param/NAME, exp_avg/NAME, exp_avg_sq/NAME of every ranks-th parameter, buffer/NAME
+    state-rank{r}.safetensors  param/NAME, exp_avg/NAME, exp_avg_sq/NAME of some parameters, buffer/NAME
 
 Nothing in it depends on the engine, the ZeRO stage, the number of ranks or the degree of tensor parallelism that wrote
 it. The tensors are written as they are in memory (fp32; float64 where a local run computes in it).
 """
 
 import errno
+import heapq
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,15 @@ class Copy:
         return [_part(self.rank), *([] if self.rank else [INDEX])]
 
 
+def deal(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The rank that writes each parameter: the largest first, each by the rank that has least to write until then."""
+    owners, loads = [0] * len(sizes), [(0, rank) for rank in range(ranks)]
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        load, owners[index] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[index], owners[index]))
+    return owners
+
+
 def copy(engine: Engine, memory: dict[str, Tensor]) -> Copy:
     """Copies the state of `engine` as fast as may be: training stands still meanwhile. Collective.
 
@@ -72,11 +83,11 @@ def copy(engine: Engine, memory: dict[str, Tensor]) -> Copy:
             memory[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=device.type == "cuda")
         mine[key] = memory[key].copy_(value, non_blocking=True)
 
-    for index, name in enumerate(shapes):
+    for name, owner in zip(shapes, deal([math.prod(shape) for shape in shapes.values()], size), strict=True):
         state = engine.whole(name)
         for key in KEYS:
             extremes[f"{key}/{name}"] = torch.stack(torch.aminmax(state[key]))
-            if index % size == rank:
+            if owner == rank:
                 keep(f"{key}/{name}", state[key])
     for name, buffer in buffers.items():
         if rank == 0:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from pretrain.config import ModelConfig
-from pretrain.distributed import World
+from pretrain.distributed import World, broadcast
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import ObjectiveModule
 
@@ -41,9 +41,9 @@ class TensorParallel:
         parts = {module.get_parameter(name).data_ptr() for name in self.cuts}
         for value in module.state_dict().values():
             if value.data_ptr() in parts:
-                dist.broadcast(value, src=self.world.tensor_rank, group=self.data_group)
+                broadcast(value, self.world.tensor_rank, self.data_group)
             else:
-                dist.broadcast(value, src=0)
+                broadcast(value, 0)
 
     def shape(self, name: str, part: Sequence[int]) -> tuple[int, ...]:
         """The whole shape of a parameter."""

@@ -123,7 +123,7 @@ def _room(one: Asked, needs: Needs, gpus: bool) -> Iterator[Check]:
         found = f"{shown_bytes(needs.disk)}; {shown_bytes(facts['free'])} are free"
         yield Check("FAIL", name, f"{text}, {found}: lower `train.keep` or choose another `runs`", DiskError)
     memory = needs.memory["cuda" if gpus else "cpu"]
-    in_host = slots * (sum(memory.host.values()) + (0 if gpus else memory.total))
+    in_host = slots * (memory.in_host if gpus else memory.everywhere)
     if in_host > facts["memory"]["total"]:
         total = shown_bytes(facts["memory"]["total"])
         yield Check("FAIL", name, f"{slots} rank(s) must fit in its memory of {total}, need {shown_bytes(in_host)}")

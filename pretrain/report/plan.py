@@ -56,6 +56,7 @@ class Figures:
     """What the table is made of. flops, samples, tokens: of one update over all ranks, the first one. sources: names.
 
     kept: bytes of activations for each target token of a micro-batch. batches: those of one rank of a world of one.
+    needed: bytes of memory that must fit into `capacity`, those in the host's too where the device is the host.
     data_seconds: one process takes to read, corrupt and pack the samples of an update. done: updates at the newest
     checkpoint of the run, 0 where it has none.
     """
@@ -70,6 +71,7 @@ class Figures:
     flops: Flops
     kept: float
     memory: Memory
+    needed: int
     capacity: int
     checkpoint: int
     data_seconds: float
@@ -82,7 +84,7 @@ class Figures:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.capacity
+        return self.needed <= self.capacity
 
     def memory_of(self, ranks: int, device: str) -> Memory:
         """What a rank of `ranks` holds."""
@@ -156,12 +158,14 @@ def _figures(settings: RunConfig, dataset: ShardDataset, world: World, device: s
         flops=reduce(add, (batch_flops(model, batch) for batch in batches)),
         kept=max(activation_bytes(model, batch, *how) / batch.n_tokens for batch in batches),
         memory=Memory({}),
+        needed=0,
         capacity=_capacity(world.device, world.size),
         checkpoint=checkpoint_bytes(module, world.size),
         data_seconds=data_seconds,
         done=max((number(commit.name) or 0 for commit in Store(settings.run_dir).commits()), default=0),
     )
-    return replace(figures, memory=figures.memory_of(world.size, device))
+    memory = figures.memory_of(world.size, device)
+    return replace(figures, memory=memory, needed=memory.everywhere if device == "cpu" else memory.total)
 
 
 def _table(figures: Figures, device: torch.device, elsewhere: bool) -> Iterator[tuple[str, list[str]]]:
@@ -193,7 +197,7 @@ def _table(figures: Figures, device: torch.device, elsewhere: bool) -> Iterator[
 
     how = f"ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else "local"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's memory, shared by ranks"
-    total, room = shown_bytes(figures.memory.total), shown_bytes(figures.capacity)
+    total, room = shown_bytes(figures.needed), shown_bytes(figures.capacity)
     verdict = "" if elsewhere else f", {'fits in' if figures.fits else 'does NOT fit in'} {room} ({where})"
     saving = "".join(
         [
@@ -207,6 +211,7 @@ def _table(figures: Figures, device: torch.device, elsewhere: bool) -> Iterator[
         [
             *(f"{shown_bytes(count):>14}  {part}" for part, count in figures.memory.device.items() if count),
             *(f"{shown_bytes(count):>14}  {part}, in the host's memory" for part, count in figures.memory.host.items()),
+            f"before all that it builds the whole model in the host's memory: {shown_bytes(figures.memory.building)}",
             "activations and buffers are estimates; Python and torch themselves come on top",
         ],
     )
@@ -232,8 +237,8 @@ def _fewest(figures: Figures, name: str, size: int) -> str:
     while ranks <= MOST_GPUS:
         memory = figures.memory_of(ranks, "cuda")
         if memory.total + RESERVED <= size:
-            host = f" and {shown_bytes(sum(memory.host.values()))} of the host's memory" if memory.host else ""
-            return f"{ranks:,} of {name}: {shown_bytes(memory.total)} each{host}"
+            host = shown_bytes(memory.in_host)
+            return f"{ranks:,} of {name}: {shown_bytes(memory.total)} each, and {host} of the host's"
         ranks *= 2
     return f"none of {name}: {shown_bytes(memory.total)} each on {ranks // 2:,}"
 
@@ -327,7 +332,7 @@ def _check_disk(figures: Figures) -> None:
 
 def _check_memory(figures: Figures) -> None:
     if not figures.fits:
-        needed, room = shown_bytes(figures.memory.total), shown_bytes(figures.capacity)
+        needed, room = shown_bytes(figures.needed), shown_bytes(figures.capacity)
         raise ConfigError(
             f"a rank must fit in {room} of memory, needs {needed}: lower `batch.micro_max_tokens`, or change `model`, "
             "`engine.zero_stage`, `engine.offload`, `engine.activation_checkpointing` or the number of ranks"

@@ -55,11 +55,26 @@ def curves(world: World, kind: str, stage: int, precision: str) -> dict[str, Any
     return found
 
 
+def moved_whole(world: World) -> list[str]:
+    """What is moved to the device in one piece while ZeRO-3 is set up."""
+    found, plain = [], torch.nn.Module.to
+
+    def noted(self: torch.nn.Module, *arguments: Any, **options: Any) -> torch.nn.Module:
+        found.append(type(self).__name__)
+        return plain(self, *arguments, **options)
+
+    torch.nn.Module.to = noted  # type: ignore[method-assign]
+    toy_engine(world, "deepspeed", 3, "bf16")
+    torch.nn.Module.to = plain  # type: ignore[method-assign]
+    return found
+
+
 def two_ranks(world: World) -> dict[str, Any]:
     found: dict[str, Any] = {str(case): curves(world, *case) for case in CASES}
     found["summed"] = distributed.sum_counts({"b": world.rank + 0.5, "a": 10 + world.rank})
     found["any"] = [distributed.any_rank(world.rank == 1), distributed.any_rank(False)]
     found["told"] = distributed.broadcast_object({"from": world.rank, "text": "é" * (1 + world.rank)})
+    found["moved whole"] = moved_whole(world)
     found["exchanged"] = distributed.exchange("x" * world.rank)
     try:
         distributed.rank_zero(lambda: (_ for _ in ()).throw(ConfigError("only rank 0 saw this")))
@@ -173,6 +188,10 @@ def test_what_every_engine_promises(case: Case, pair: list[dict[str, Any]], judg
 def test_offload_computes_the_same(name: str, single: dict[str, Any], judge: dict[str, Any]) -> None:
     np.testing.assert_allclose([step[0] for step in single[name]["steps"]], judge["norms"], rtol=2e-6)
     close(single[name]["weights"], judge["weights"], 2e-5)
+
+
+def test_zero_3_cuts_a_model_before_it_goes_to_the_device(pair: list[dict[str, Any]]) -> None:
+    assert pair[0]["moved whole"] == pair[1]["moved whole"] == []
 
 
 def test_what_ranks_tell_each_other(pair: list[dict[str, Any]]) -> None:

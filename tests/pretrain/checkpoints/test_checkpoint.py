@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from pretrain import engine as engine_module
@@ -302,3 +304,11 @@ def test_progress_must_be_finite_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         save_state(store, 1, engine, ALONE, {"loss": float("nan")})
     assert store.latest() is None
+
+
+@given(st.lists(st.integers(0, 10**9), max_size=50), st.integers(1, 9))
+def test_ranks_write_about_as_much_each(sizes: list[int], ranks: int) -> None:
+    owners, loads = engine_state.deal(sizes, ranks), [0] * ranks
+    for size, owner in zip(sizes, owners, strict=True):
+        loads[owner] += size
+    assert max(loads) - min(loads) <= max(sizes, default=0)

@@ -20,7 +20,7 @@ from pretrain.config import EngineConfig, ModelConfig, OptimConfig
 from pretrain.cost.communication import ALL_REDUCE, tensor_parallel_payload
 from pretrain.cost.memory import activation_bytes, part_sizes, rank_memory
 from pretrain.distributed import World
-from pretrain.engine import build
+from pretrain.engine import build, state
 from pretrain.models import EncoderDecoder
 from pretrain.objectives import ObjectiveModule
 from tests.distributed_helper import run_ranks
@@ -105,6 +105,8 @@ def measured(world: World, cases: list[dict[str, Any]], folder: str) -> list[dic
             engine.step(1e-3)
         trace = Path(folder) / f"{world.rank}.json"
         profile.export_chrome_trace(str(trace))
+        copied: dict[str, torch.Tensor] = {}
+        state.copy(engine, copied)
         with torch.device("meta"):
             shape = EncoderDecoder(SHAPE, IDS)
         how = config.precision, "cpu", config.activation_checkpointing, config.tensor_parallel
@@ -112,20 +114,23 @@ def measured(world: World, cases: list[dict[str, Any]], folder: str) -> list[dic
         found.append(
             {
                 "held": rest + highest(trace),
-                "computed": memory.total + sum(memory.host.values()),
+                "copied": sum(tensor.nbytes for tensor in copied.values()),
+                "computed": memory.total + sum(memory.host.values()) - memory.host["copy for checkpoints"],
+                "computed copy": memory.host["copy for checkpoints"],
                 "sizes": [int(np.prod(shape)) for shape in engine._shapes().values()],
                 "computed sizes": part_sizes(shape, config.tensor_parallel),
                 "summed": sums.bytes,
                 "computed sums": tensor_parallel_payload(SHAPE, [batch, batch], config).get(ALL_REDUCE, 0),
             }
         )
-        del engine, module, batch, profile
+        del engine, module, batch, profile, copied
     return found
 
 
 def compare(cases: list[dict[str, Any]], folder: Path) -> None:
     for case, *ranks in zip(cases, *run_ranks(measured, 2, cases, str(folder), timeout=900), strict=True):
         again = 0.1 if case.get("activation_checkpointing") else 0.0  # torch stops where it has what it needs
+        assert max(one["copied"] for one in ranks) == ranks[0]["computed copy"], case
         for one in ranks:
             assert one["computed sizes"] == one["sizes"], case
             assert one["computed sums"] == pytest.approx(one["summed"], rel=again), case

@@ -177,7 +177,7 @@ def test_a_cluster_is_simulated_from_stated_assumptions(planned):
     assert "8 GPUs = 4 data-parallel x 2 that share a model" in out and "not measured: 989 TFLOP/s" in out
     assert "= 4 rank(s) x" in out and "each of them 2 that share a model" in out
     assert "tensor parallel 2" in out and "fits in" not in out and "s an update if data-parallel" in out
-    assert re.search(r"\n  2 of 80 GB: \S+ [kMG]B each\n  2 of 141 GB: ", out)
+    assert re.search(r"\n  2 of 80 GB: \S+ [kMG]B each, and \S+ [kMG]B of the host's\n  2 of 141 GB: ", out)
     computing = number(r"time: (\S+) s computing", out)
     slower = planned(*shared, "--simulate", "2x4", "--assume", "reached=0.2", "--assume", "network_gb=5").out
     assert number(r"time: (\S+) s computing", slower) == pytest.approx(2 * computing, rel=0.02)
