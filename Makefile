@@ -32,7 +32,7 @@ test-slow: install      ## minutes long
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow
 
 test-faults: install    ## kills, signals, full disks, hostile files ... as often as tests/fault_table.py says, and their table
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest --fault-table
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest --fault-table --numprocesses logical --maxprocesses 2 --dist loadfile
 
 test-gpu: install kernels ## every kernel on this machine's GPU, against float64 and under compute-sanitizer
 	$(PY) -m pytest -m gpu
