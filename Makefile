@@ -45,7 +45,7 @@ bench-writing: install  ## every way to write beside transformers and CTranslate
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
 	$(PY) kernels/bench/writing.py $(ARGS)
 
-bench-gpu: install kernels ## every figure of this machine's GPU; ARGS='--suite attn,loss,exit,step,loader,latency'
+bench-gpu: install kernels ## every figure of this machine's GPU; ARGS='--suite attn,loss,exit,step,loader,latency,exit_latency'
 	$(PY) kernels/bench/gpu.py $(ARGS)
 
 # Where multi30k/, squad_qg/, wikipedia_en/ and books/ lie.

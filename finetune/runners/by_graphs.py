@@ -1,8 +1,7 @@
 """Writing by CUDA graphs: the same texts as a runner's, its decoder in fixed shapes where there is such a form.
 
-Hard exit, self-drafting and sampling have none. What a hard exit saves are rows that are left out because of what was
-just computed; a graph would compute them all. A draft is as long as what was accepted, and a sample's random numbers
-are drawn on the host.
+Self-drafting and sampling have none. A draft is as long as what was accepted, and a sample's random numbers are drawn
+on the host.
 """
 
 from collections.abc import Callable
@@ -10,10 +9,12 @@ from collections.abc import Callable
 from finetune.decoding import Generated
 from finetune.decoding.beam_static import StaticBeamSearch, supports
 from finetune.decoding.graphs import PaddedSources
+from finetune.decoding.hard_exit_static import StaticHardExit
 from finetune.decoding.mask_predict_static import StaticMaskPredict
 from finetune.decoding.soft_exit_static import StaticSoftExit
 from finetune.runners.ar import Ar
 from finetune.runners.base import Runner
+from finetune.runners.hard_exit import HardExitRunner
 from finetune.runners.nar import Nar
 from finetune.runners.soft_exit import SoftExit
 from pretrain.models import EncoderDecoder, SourceRows
@@ -48,4 +49,6 @@ def by_graphs(runner: Runner, model: EncoderDecoder) -> Runner:
             return ByGraphs(runner, StaticBeamSearch(model, runner.layout, runner.stream, runner.options.decoding))
         case SoftExit():
             return ByGraphs(runner, StaticSoftExit(model, runner.first_row, runner.decoding))
+        case HardExitRunner():
+            return ByGraphs(runner, StaticHardExit(model, runner.first_row, runner.decoding))
     return runner

@@ -60,11 +60,12 @@ def hard(twins: Twins, source: SourceRows, threshold: float, layers: list[int] |
 
 def soft(twins: Twins, source: SourceRows) -> Generated:
     """The same by soft exit, with a feedback projection."""
-    return soft_exit(_fed(twins), source, "mask", SoftExitDecoding(max_length=twins.tokens + 1))
+    return soft_exit(tuned(twins), source, "mask", SoftExitDecoding(max_length=twins.tokens + 1))
 
 
 @cache
-def _fed(twins: Twins) -> EncoderDecoder:
+def tuned(twins: Twins) -> EncoderDecoder:
+    """The model with a feedback projection."""
     torch.manual_seed(1)
     return twins.ours.grown(twins.config.model_copy(update={"soft_exit": True})).eval()
 
@@ -85,7 +86,7 @@ def check_hard(twins: Twins, source: SourceRows, threshold: float, layers: list[
 @torch.no_grad()
 def check_soft(twins: Twins, source: SourceRows) -> Agreed:
     """Soft exit, and a plain loop over layers by their definition."""
-    made, model = soft(twins, source), _fed(twins)
+    made, model = soft(twins, source), tuned(twins)
     memory_BSD, real_BS = memory(model, source)
     shape = source.n_samples, twins.tokens
     masks_BT = torch.full(shape, twins.ids.mask, device=real_BS.device)

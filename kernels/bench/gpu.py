@@ -1,6 +1,6 @@
 """`make bench-gpu`: the figures of a GPU, each after its equality check, both sides of every ratio in this process.
 
-    python kernels/bench/gpu.py --suite attn,loss,exit,step,loader,latency
+    python kernels/bench/gpu.py --suite attn,loss,exit,step,loader,latency,exit_latency
     python kernels/bench/gpu.py --device cpu --small        every line of it at sizes a CPU can run; no figure is kept
 
 A row or a suite that cannot run here is named, with the reason, and left out. Results go to
@@ -37,6 +37,7 @@ SUITES = {
     "step": "gpu_steps.rows",
     "loader": "gpu_steps.loader_rows",
     "latency": "gpu_latency.rows",
+    "exit_latency": "gpu_exit_latency.rows",
 }
 
 

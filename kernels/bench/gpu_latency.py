@@ -33,7 +33,7 @@ def rows(bench: Bench) -> Iterator[Row]:
     says += [check_beam(twins, one, beam)[0].says for beam in (1, 5)]
     for by_graphs, plain_writes in ((twins.graphed_pass(), twins.our_pass), (twins.graphed_beam(1), _greedy(twins))):
         for _ in range(3):  # as it is, recorded, replayed
-            _same(by_graphs(one), plain_writes(one))
+            check_same(by_graphs(one), plain_writes(one))
     twins.ours.to(bench.dtype)
     for attention in ATTENTIONS:
         twins.theirs(attention).to(bench.dtype)
@@ -71,6 +71,7 @@ def _greedy(twins: Twins) -> Writes:
     return partial(twins.our_beam, beam=1)
 
 
-def _same(by_graphs: Generated, plain: Generated) -> None:
+def check_same(by_graphs: Generated, plain: Generated) -> None:
+    """Refuses unless the tokens are equal."""
     pairs = zip(by_graphs.tokens, plain.tokens, strict=True)
     require(all(np.array_equal(a, b) for a, b in pairs), "tokens by graphs must be those without")

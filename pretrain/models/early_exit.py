@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from parlance_kernels import SampleMask, offramp_stats
+from pretrain.config import ModelConfig
 from pretrain.models.encoder_decoder import EncoderDecoder, VocabHead, writing
 from pretrain.models.layers import DecoderLayer
 from pretrain.models.patterns import FirstRow, mask_rows
@@ -40,6 +41,10 @@ class ExitRule:
     def asks(self, layer: int) -> bool:
         """Whether anything can leave after this layer; no entropy is below 0."""
         return self.threshold > 0 and (self.layers is None or layer in self.layers)
+
+    def certain(self, config: ModelConfig) -> bool:
+        """Whether all leave where they are asked: no entropy over V tokens exceeds ln V."""
+        return self.threshold > math.log(config.vocab_size or 1)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,11 @@ def write_early(
     return _leave(model, rows, memory_MD, rule, banned, training=False)
 
 
+def whole_layer(rows: ParallelRows) -> LayerWork:
+    """The work of a layer that computes all rows."""
+    return _LayerPlan.of(rows, np.arange(len(rows.tokens_R))).work
+
+
 def plan_exits(model: EncoderDecoder, rows: ParallelRows, memory_MD: Tensor, rule: ExitRule) -> np.ndarray:
     """The layers, from 1, at which `write_early` would let each row leave: int64 [R] on the host.
 
@@ -124,8 +134,7 @@ def _leave(
     model: EncoderDecoder, rows: ParallelRows, memory_MD: Tensor, rule: ExitRule, banned: Sequence[int], training: bool
 ) -> Left:
     layers = cast(Sequence[DecoderLayer], model.decoder.layers)
-    # No entropy over V tokens exceeds ln V: above it there is nothing to ask.
-    certain = rule.threshold > math.log(model.config.vocab_size or 1)
+    certain = rule.certain(model.config)
     with writing(model):
         x_RD = model.decoder.embed(model.shared(rows.tokens_R) * model.scale, rows.positions_R)
         n, device = len(x_RD), x_RD.device

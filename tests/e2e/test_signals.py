@@ -46,6 +46,7 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 WAITS = ("waiting for data", "another waits for data")
 # Nothing has been done there that could be saved.
 BEFORE = ("rendezvous", "loading data", "making the model", "resuming")
+ALWAYS = {"rendezvous": BOTH, "another waits for data": SECOND, "the commit": FIRST, "deletion": FIRST}
 Trial = tuple[str, signal.Signals, tuple[int, ...], int]
 
 
@@ -55,7 +56,9 @@ def every_trial() -> list[Trial]:
     for turn, number in enumerate((TERM, INT, USR1, TERM)):
         for index, phase in enumerate(PLACES):
             who = (BOTH, SECOND, FIRST)[(index + turn) % 3]
-            who = {"rendezvous": BOTH, "another waits for data": SECOND, "the commit": FIRST}.get(phase, who)
+            who = {"rendezvous": BOTH, "another waits for data": SECOND, "the commit": FIRST, "deletion": FIRST}.get(
+                phase, who
+            )
             trials.append((phase, number, who, 1 + (index + turn) % 2))
     return trials
 

@@ -27,7 +27,8 @@ def stats_torch(logits_LV: Tensor, banned: list[int], overwrite: bool = False) -
     x_LV.clamp_(min=torch.finfo(x_LV.dtype).min)  # a logit of -inf has weight 0, and 0 times -inf would be no number
     # H = ln z - sum(e x) / z. Rounding may take it below 0, which no entropy is: nothing must leave at threshold 0.
     entropy_L = (log_z_L - torch.linalg.vecdot(e_LV, x_LV) / z_L).clamp(min=0)
-    x_LV[:, banned] = -torch.inf
+    for token in banned:  # few; a list of them would be copied to the device, which no CUDA graph can hold
+        x_LV.select(1, token).fill_(-torch.inf)
     best = x_LV.max(dim=1)
     return entropy_L, best.indices, best.values - log_z_L, max_L, max_L + log_z_L
 
