@@ -131,6 +131,9 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False
     backend: Literal["auto", "torch", "library", "cuda"] = "auto"
+    layer_norm: Literal["torch", "apex"] = Field(
+        "torch", description="apex: on a GPU, keeps the output for the backward, which the next layer keeps as well"
+    )
     check_calls: bool = Field(False, description="slow: name the first module that some ranks call and others do not")
 
 

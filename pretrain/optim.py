@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pretrain import nvidia_apex
 from pretrain.config import OptimConfig
 from pretrain.errors import ConfigError
 
@@ -52,21 +52,8 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opti
 
 
 def apex_fused_adam() -> Any:
-    """The class `FusedAdam` of NVIDIA's apex.
-
-    Raises:
-        ConfigError: apex is not installed, or is the package of that name on PyPI, which is something else.
-    """
-    try:
-        found = import_module("apex")
-    except ImportError as error:
-        raise ConfigError(f"`optim.kind` apex_fused_adam needs NVIDIA's apex, got: {error}; take adamw") from None
-    if not hasattr(getattr(found, "optimizers", None), "FusedAdam"):
-        raise ConfigError(
-            f"`optim.kind` apex_fused_adam needs NVIDIA's apex, got a package of that name without "
-            f"optimizers.FusedAdam ({found.__file__}); take adamw"
-        )
-    return found.optimizers.FusedAdam
+    """The class `FusedAdam` of NVIDIA's apex; raises ConfigError where there is none."""
+    return nvidia_apex.part("optimizers.FusedAdam", "`optim.kind` apex_fused_adam", "adamw")
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:

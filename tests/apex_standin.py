@@ -1,9 +1,12 @@
-"""NVIDIA's `apex.optimizers.FusedAdam` as its documentation has it, for machines without one.
+"""Two classes of NVIDIA's apex as its documentation has them, for machines without one.
 
-Differences from torch's AdamW that count here: `step` is an int of the parameter group, the moments are float32 made at
-the first gradient, and `zero_grad` takes no argument and leaves no gradients.
+`optimizers.FusedAdam`; differences from torch's AdamW that count here: `step` is an int of the parameter group, the
+moments are float32 made at the first gradient, and `zero_grad` takes no argument and leaves no gradients.
+
+`normalization.FusedLayerNorm`, memory-efficient: its backward has the output and no input.
 """
 
+import sys
 import types
 
 import torch
@@ -44,9 +47,44 @@ class FusedAdam(torch.optim.Optimizer):
                 p -= group["lr"] * (mean / (root + group["eps"]) + decay * p)
 
 
-def module():
-    """What `import apex` gives."""
-    made = types.ModuleType("apex")
-    made.__file__ = __file__
-    made.optimizers = types.SimpleNamespace(FusedAdam=FusedAdam)
+class _FromOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        mean = x.mean(dim=-1, keepdim=True)
+        scale = (x.var(dim=-1, unbiased=False, keepdim=True) + eps).rsqrt()
+        y = (x - mean) * scale * weight + bias
+        ctx.save_for_backward(y, scale, weight, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale, weight, bias = ctx.saved_tensors
+        normal, inner = (y - bias) / weight, grad * weight
+        means = inner.mean(dim=-1, keepdim=True), (inner * normal).mean(dim=-1, keepdim=True)
+        rows = tuple(range(grad.dim() - 1))
+        return (inner - means[0] - normal * means[1]) * scale, (grad * normal).sum(rows), grad.sum(rows), None
+
+
+class FusedLayerNorm(torch.nn.Module):
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False):
+        super().__init__()
+        assert elementwise_affine and memory_efficient
+        self.normalized_shape, self.eps = tuple(normalized_shape), eps
+        self.weight, self.bias = (torch.nn.Parameter(torch.empty(normalized_shape)) for _ in range(2))
+
+    def forward(self, x):
+        return _FromOutput.apply(x, self.weight, self.bias, self.eps)
+
+
+def modules():
+    """What `import apex` puts into `sys.modules`."""
+    made = {name: types.ModuleType(name) for name in ("apex", "apex.optimizers", "apex.normalization")}
+    made["apex"].__file__, made["apex"].__path__ = __file__, []
+    made["apex"].optimizers, made["apex"].normalization = made["apex.optimizers"], made["apex.normalization"]
+    made["apex.optimizers"].FusedAdam = FusedAdam
+    made["apex.normalization"].FusedLayerNorm = FusedLayerNorm
     return made
+
+
+def install():
+    sys.modules.update(modules())

@@ -15,6 +15,7 @@ from pretrain.engine.calls import CallGuard
 from pretrain.engine.tensor_parallel import TensorParallel
 from pretrain.engine.tensor_parallel import check as check_cut
 from pretrain.errors import ConfigError
+from pretrain.models.apex_norms import apex_layer_norm, take_apex_norms
 from pretrain.objectives.base import ObjectiveModule
 from pretrain.optim import apex_fused_adam
 
@@ -42,6 +43,8 @@ def build(
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             raise shared(ConfigError(f"parameter `{name}` must be trainable: an engine updates every parameter"))
+    if config.layer_norm == "apex":
+        take_apex_norms(module.model)
     shared_by = TensorParallel(module, world) if world.tensor_parallel > 1 else None
     if shared_by is not None:
         shared_by.broadcast(module)
@@ -70,6 +73,10 @@ def _check(config: EngineConfig, optim: OptimConfig, world: World, module: Objec
         )
     if world.tensor_parallel > 1:
         check_cut(module.model.config, world.tensor_parallel)
+    if config.layer_norm == "apex":
+        apex_layer_norm()
+        if world.device.type == "cpu":
+            raise ConfigError("`engine.layer_norm` apex needs a GPU, got a CPU; take torch")
     if optim.kind == "apex_fused_adam":
         apex_fused_adam()
         if world.device.type == "cpu":

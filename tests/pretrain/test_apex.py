@@ -1,30 +1,43 @@
-"""apex's Adam computes what torch's does, and a run may change between them. A stand-in takes its place on a CPU."""
+"""apex's Adam and LayerNorm compute what torch's do, and a run may change between them. Stand-ins take their places on
+a CPU."""
 
 import importlib.util
 import sys
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from pretrain.config import EngineConfig, OptimConfig
+from pretrain import objectives
+from pretrain.config import EngineConfig, ModelConfig, OptimConfig
 from pretrain.distributed import World
 from pretrain.engine import build, state
 from pretrain.engine.local import LocalEngine
 from pretrain.errors import EXIT_CONFIG, ConfigError
+from pretrain.models import EncoderDecoder
+from pretrain.models.apex_norms import apex_layer_norm, take_apex_norms
+from pretrain.models.rows import to_device
+from pretrain.objectives import ObjectiveModule
 from pretrain.optim import adamw, create_state, parameter_groups, set_updates, updates
 from tests import apex_standin
 from tests.distributed_helper import run_ranks
+from tests.pretrain.objectives.cases import IDS, WHOLE, unit_scale
 from tests.pretrain.toy_engine import OPTIM, toy_module, toy_train
 
 CPU, GPU = (World(0, 1, 0, torch.device(name)) for name in ("cpu", "cuda"))
+SHAPE = ModelConfig(
+    vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=2, heads=2, ffn_dim=32, max_positions=32, norm="pre",
+    dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
 APEX = OPTIM.model_copy(update={"kind": "apex_fused_adam"})
 
 
 @pytest.fixture
 def apex(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "apex", apex_standin.module())
+    for name, module in apex_standin.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 def updated(optim: OptimConfig, device: str = "cpu", beforehand: bool = True) -> list[torch.Tensor]:
@@ -99,7 +112,7 @@ def test_what_is_counted_can_be_set(apex: None) -> None:
 
 def with_deepspeed(world: World) -> list[tuple[int, int, list[Any]]]:
     """Updates that both count, and moments and weights of both, for every stage and precision that apex serves."""
-    sys.modules["apex"] = apex_standin.module()  # before deepspeed, which looks for it when it is imported
+    apex_standin.install()  # before deepspeed, which looks for it when it is imported
     found = []
     for stage, precision in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32")):
         engines = [engine("deepspeed", optim, stage, precision) for optim in (APEX, OPTIM)]
@@ -145,3 +158,52 @@ def test_an_apex_without_its_cuda_parts_is_told(apex: None, monkeypatch: pytest.
     monkeypatch.setattr(sys.modules["apex"].optimizers, "FusedAdam", broken)
     with pytest.raises(ConfigError, match=r"needs an apex built with its CUDA parts: .*requires cuda extensions"):
         adamw([], APEX)
+
+
+def normed(device: str = "cpu", fused: bool = False) -> tuple[set[str], list[torch.Tensor]]:
+    """Names of the weights, then what the decoder makes of some rows and the gradient of each weight."""
+    objective = objectives.build({"name": "denoise"}, IDS, None, SHAPE)
+    torch.manual_seed(0)
+    model = EncoderDecoder(SHAPE, IDS)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    if fused:
+        take_apex_norms(model)
+        kinds = {type(one) for one in model.modules() if "LayerNorm" in type(one).__name__}
+        assert kinds == {apex_layer_norm()}
+    module = ObjectiveModule(model, objective).to(device)
+    draw = np.random.default_rng(0)
+    batch = objective.collate([objective.corrupt(draw.integers(5, 40, 12), WHOLE, draw) for _ in range(3)])
+    total, _ = module(to_device(batch, torch.device(device)), unit_scale(objective, batch))
+    total.backward()
+    named = dict(module.named_parameters())
+    return set(named), [total.detach(), *(p.grad for p in named.values() if p.grad is not None)]
+
+
+def same_norms(device: str) -> None:
+    (names, ours), (others, theirs) = normed(device, fused=True), normed(device)
+    assert names == others and len(ours) == len(theirs) > 20
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_its_layer_norm_is_torch_s(apex: None) -> None:
+    same_norms("cpu")
+
+
+@pytest.mark.gpu
+def test_the_real_layer_norm_is_torch_s() -> None:
+    if importlib.util.find_spec("apex") is None or not torch.cuda.is_available():
+        pytest.skip("needs NVIDIA's apex and a GPU")
+    same_norms("cuda")
+
+
+def test_where_its_layer_norm_cannot_be(apex: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(world: World) -> str:
+        with pytest.raises(ConfigError) as caught:
+            build(EngineConfig(layer_norm="apex"), OPTIM, toy_module(), world)
+        return str(caught.value)
+
+    assert told(CPU) == "`engine.layer_norm` apex needs a GPU, got a CPU; take torch"
+    monkeypatch.delattr(sys.modules["apex.normalization"], "FusedLayerNorm")
+    assert "without normalization.FusedLayerNorm" in told(GPU)
