@@ -106,3 +106,25 @@ def test_contradictions_are_errors():
         sample_attention(q[:-1], k, v, mask)
     with pytest.raises(ValueError, match="backend `tpu` must be one of"):
         sample_attention(q, k, v, mask, backend="tpu")
+
+
+def test_a_new_mask_compiles_nothing_anew():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, dynamic=True)
+    def around(q, k, v, mask):
+        return sample_attention(q.sin(), k, v, mask).cos()
+
+    def eagerly(q, k, v, mask):
+        return sample_attention(q.sin(), k, v, mask).cos()
+
+    frames = []
+    for rows in range(3, 15):
+        mask = SampleMask.build([(0, 3, 0, rows, 0, 0, 0, 0), (3, rows, 0, 1, 1, 0, 0, 0)], rows)
+        given_ = inputs(mask, seed=rows)
+        for a, b in zip(gradients(around, given_, mask), gradients(eagerly, given_, mask), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        frames.append(counter.frame_count)
+    assert frames[-1] <= 3, "what is before the operator and what is behind it, one of them once more for other sizes"

@@ -27,6 +27,8 @@ from parlance_kernels.sample_attention.mask import SampleMask
 COMPILED = {"cuda": cuda, "library": flash}
 
 
+# What a mask says is Python, and another one in each batch: tracing it would never end.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def sample_attention(
     q_RHD: Tensor,
     k_KHD: Tensor,
