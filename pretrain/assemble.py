@@ -77,13 +77,14 @@ def build_module(settings: RunConfig, dataset: ShardDataset) -> ObjectiveModule:
     tokenizer = dataset.tokenizer
     ids = tokenizer.ids
     objective = objectives.build(settings.objective, ids, tokenizer.word_starts, settings.model)
+    inherits = settings.init_from is not None and not has_checkpoint(settings)
+    bundle = load_bundle(str(settings.init_from), backend=settings.engine.backend) if inherits else None
     rng.seed(settings.seed)
     try:
         model = EncoderDecoder(settings.model, ids, settings.engine.activation_checkpointing, settings.engine.backend)
     except ValueError as error:
         raise ConfigError(f"`engine.backend`: {error}") from None
-    if settings.init_from is not None and not _has_checkpoint(settings):
-        bundle = load_bundle(settings.init_from, backend=settings.engine.backend)
+    if bundle is not None:
         inherited, chosen = bundle.description.layout.layout, objective.layout.layout
         if inherited != chosen and not set(objective.modes).isdisjoint(("ar", "causal")):
             raise ConfigError(f"`objective.ar_layout` must be {inherited}, as in `{settings.init_from}`, got {chosen}")
@@ -118,7 +119,7 @@ def readable(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
 
 def _inherited(settings: RunConfig, init_from: str, dataset: ShardDataset) -> ModelConfig:
     """The model of the bundle, or of the run itself once it has a checkpoint, with the dropouts that are given."""
-    before = runs.read_config(settings.run_dir, RunConfig) if _has_checkpoint(settings) else None
+    before = runs.read_config(settings.run_dir, RunConfig) if has_checkpoint(settings) else None
     if before is not None:
         shape = before.model
     else:
@@ -140,7 +141,7 @@ def _inherited(settings: RunConfig, init_from: str, dataset: ShardDataset) -> Mo
     return shape.model_copy(update={name: value for name, value in given.items() if name in DROPOUTS})
 
 
-def _has_checkpoint(settings: RunConfig) -> bool:
+def has_checkpoint(settings: RunConfig) -> bool:
     """Whether a checkpoint will give this run its weights."""
     return bool(Store(settings.run_dir).commits())
 

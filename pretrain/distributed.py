@@ -7,7 +7,9 @@ Every function is collective: each rank calls it, in the same order. Without a p
 import json
 import os
 import socket
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,6 +27,7 @@ FLIGHT_RECORDER = {
     "TORCH_FR_BUFFER_SIZE" if torch.__version__ >= "2.13" else "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }
+POLL = 0.2  # seconds
 ErrorT = TypeVar("ErrorT", bound=ParlanceError)
 MadeT = TypeVar("MadeT")
 
@@ -188,9 +191,31 @@ def together(make: Callable[[], MadeT]) -> MadeT:
     return result
 
 
-def rank_zero(action: Callable[[], Any]) -> Any:
-    """Runs `action` on rank 0 and hands its JSON-able result, or its ParlanceError, to every rank."""
-    return broadcast_object(together(lambda: action() if _rank() == 0 else None))
+def rank_zero(action: Callable[[], Any], long: bool = False) -> Any:
+    """Runs `action` on rank 0 and hands its JSON-able result, or its ParlanceError, to every rank.
+
+    long: it may take longer than a collective may (10 minutes with NCCL), so it runs in a thread and all ask for it.
+    """
+    mine: Callable[[], Any] = action if _rank() == 0 else lambda: None
+    return broadcast_object(together(_asked_for(mine) if long and _size() > 1 else mine))
+
+
+def _asked_for(action: Callable[[], MadeT]) -> Callable[[], MadeT]:
+    """Runs `action` in a thread while all ranks ask whether all are done; what it made, or raised, when called."""
+    done: Future[MadeT] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(action())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, name="long", daemon=True)
+    thread.start()
+    thread.join(POLL)
+    while any_rank(thread.is_alive()):
+        thread.join(POLL)
+    return done.result
 
 
 def check_same(what: str, values: Mapping[str, Any], kind: type[ParlanceError]) -> None:

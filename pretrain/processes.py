@@ -41,7 +41,8 @@ def runs(pid: int, but: Iterable[int | None] = ()) -> bool:
         if task.name.isdecimal() and int(task.name) not in but:
             with suppress(OSError):
                 name, _, rest = (task / "stat").read_text(errors="replace").rpartition(")")
-                if rest[1:2] in ("R", "D") and "pt_tcpstore" not in name:
+                # Lustre waits for its servers as `I`
+                if rest[1:2] in ("R", "D", "I") and "pt_tcpstore" not in name:
                     return True
     return False
 

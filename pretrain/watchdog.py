@@ -264,7 +264,7 @@ def place(frame: FrameType | None) -> str:
     if frame is None:
         return "an unknown place"
     own = next((one for one in _frames(frame) if _in_root(one) and "/.venv/" not in one.f_code.co_filename), frame)
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    line = linecache.getline(frame.f_code.co_filename, _number(frame)).strip()
     code = f" (`{line:.80}`)" if line else ""
     return f"{_name(frame)}{code}{f', called at {_name(own)}' if own is not frame else ''}"
 
@@ -282,6 +282,11 @@ def _frames(frame: FrameType | None) -> Iterable[FrameType]:
         frame = frame.f_back
 
 
+def _number(frame: FrameType) -> int:
+    """The line; 0 where there is none, as between two of them."""
+    return frame.f_lineno or 0
+
+
 def _in_root(frame: FrameType) -> bool:
     return frame.f_code.co_filename.startswith(str(ROOT))
 
@@ -289,7 +294,7 @@ def _in_root(frame: FrameType) -> bool:
 def _name(frame: FrameType) -> str:
     file = frame.f_code.co_filename
     short = file.removeprefix(f"{ROOT}/") if _in_root(frame) else file
-    return f"{short.rpartition('site-packages/')[2]}:{frame.f_lineno} in {frame.f_code.co_name}"
+    return f"{short.rpartition('site-packages/')[2]}:{_number(frame)} in {frame.f_code.co_name}"
 
 
 def _in_collective(at: TracebackType | None) -> bool:

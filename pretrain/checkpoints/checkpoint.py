@@ -38,7 +38,7 @@ def open_store(run_dir: str | Path) -> tuple[Store, list[str]]:
         store.lock()
         return store.recover()
 
-    lines: list[str] = distributed.rank_zero(begin)
+    lines: list[str] = distributed.rank_zero(begin, long=True)
     return store, lines
 
 
@@ -53,7 +53,7 @@ def load_latest(store: Store, engine: Engine, world: World, seed: int) -> dict[s
         path = store.latest()
         return None if path is None else str(path)
 
-    path = distributed.rank_zero(find)
+    path = distributed.rank_zero(find, long=True)
     return None if path is None else load(Path(path), engine, world, seed)
 
 

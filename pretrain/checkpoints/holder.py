@@ -12,6 +12,7 @@ from typing import IO
 
 from pretrain import slurm
 from pretrain.errors import NO_LOCK_ERRNOS, CheckpointError
+from pretrain.watchdog import sign_of_life
 
 LEASE = 150.0  # seconds: NFS frees the locks of a dead client after 90
 _TEXT = re.compile(r"host (\S+) pid ([0-9]+)(?: job (\S+))?")
@@ -91,6 +92,7 @@ def take(file: IO[str], run_dir: Path) -> None:
                     )
                 return
             if alive is False and time.monotonic() < deadline:
+                sign_of_life()
                 time.sleep(1)
                 continue
             file.close()

@@ -35,7 +35,9 @@ from pretrain.checkpoints.seal import Described
 from pretrain.distributed import World
 from pretrain.engine import Engine, state
 from pretrain.errors import ParlanceError
+from pretrain.watchdog import sign_of_life
 
+SLOW_DISK = 600.0  # seconds that training waits for writers that seem to do nothing
 POLL = 0.2  # seconds that a rank waits for its writer before it tells the others: no collective is ever held for long
 Spare = Callable[[Store], Collection[str]]
 
@@ -146,19 +148,22 @@ class Saver:
         finally:
             self._started = None
         if self.keep:
-            self._on_rank_zero(lambda: self.store.retain(self.keep, self.spare(self.store)))
+            self._on_rank_zero(lambda: self.store.retain(self.keep, self.spare(self.store)), long=True)
         paused = self.patience.paused - save.paused
         return Saved(save.step, path, save.seconds + time.perf_counter() - began, save.write_seconds, paused)
 
-    def _on_rank_zero(self, action: Callable[[], Any]) -> Any:
-        return self.patience(lambda: distributed.rank_zero(action))
+    def _on_rank_zero(self, action: Callable[[], Any], long: bool = False) -> Any:
+        return self.patience(lambda: distributed.rank_zero(action, long))
 
     def _written(self, save: _Started) -> dict[str, Described]:
         """What all ranks have sealed; collective. After an error it may be called again: who failed writes again."""
         if save.writer is None:
             self._begin_to_write(save)
         assert save.writer is not None
+        began = time.monotonic()
         while distributed.any_rank(save.writer.is_alive()):
+            if time.monotonic() - began < SLOW_DISK:
+                sign_of_life()  # who waits for a file system that is a program looks idle
             save.writer.join(POLL)
         error, save.error = save.error, None
         if error is not None:

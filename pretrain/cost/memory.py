@@ -26,8 +26,9 @@ from parlance_kernels import SampleMask, resolve
 from parlance_kernels.vocab_loss import chunked
 from parlance_kernels.vocab_loss import cuda as kernel
 from pretrain.config import EngineConfig, ModelConfig
+from pretrain.engine.base import deal
 from pretrain.engine.deepspeed import BUCKET
-from pretrain.engine.state import KEYS, deal
+from pretrain.engine.state import KEYS
 from pretrain.models.rows import LayerWork
 from pretrain.objectives.batch import TokenBatch
 from pretrain.rng import WORDS
@@ -76,16 +77,22 @@ class Memory:
 
 
 def rank_memory(
-    model: nn.Module, config: ModelConfig, engine: EngineConfig, ranks: int, device: str, activations: int
+    model: nn.Module,
+    config: ModelConfig,
+    engine: EngineConfig,
+    ranks: int,
+    device: str,
+    activations: int,
+    inherited: bool = False,
 ) -> Memory:
     """The memory of one of `ranks` ranks at the worst moment of an update: when a micro-batch but the first has been
     through the forward, or when gradients are reduced.
 
     model: for the shapes of its parameters, may be on `meta`. device: `cpu` or `cuda`.
-    activations: bytes, from `activation_bytes`.
+    activations: bytes, from `activation_bytes`. inherited: the weights are those of a bundle.
     """
     degree = engine.tensor_parallel
-    host = {"copy for checkpoints": copied_bytes(model, ranks)}
+    host = {"copy for checkpoints": copied_bytes(model, ranks, pinned=device == "cuda")}
     ranks //= degree
     sizes = part_sizes(model, degree)
     count, half = sum(sizes), engine.precision != "fp32"
@@ -121,7 +128,7 @@ def rank_memory(
     if engine.offload == "all":
         host["weights"] = low * share
         parts["weights"] -= low * share
-    whole = FULL * sum(parameter.numel() for parameter in model.parameters())
+    whole = FULL * sum(parameter.numel() for parameter in model.parameters()) * (2 if inherited else 1)
     building = whole if local else whole + FULL * share * half
     return Memory({**parts, "activations": activations, "vocabulary loss": vocabulary}, host, building)
 
@@ -206,12 +213,15 @@ def checkpoint_bytes(model: nn.Module, ranks: int) -> int:
     return tensors + written + ranks * (generators + RANK_FILES)
 
 
-def copied_bytes(model: nn.Module, ranks: int) -> int:
-    """What a checkpoint is written from while training goes on: the copy of the rank that has the largest share."""
+def copied_bytes(model: nn.Module, ranks: int, pinned: bool) -> int:
+    """What a checkpoint is written from while training goes on: the copy of the rank that has the largest share.
+
+    pinned: torch takes a power of two for each tensor.
+    """
     shares, sizes = Counter[int](), [parameter.numel() for parameter in model.parameters()]
     for owner, size in zip(deal(sizes, ranks), sizes, strict=True):
-        shares[owner] += size
-    return len(KEYS) * FULL * max(shares.values())
+        shares[owner] += 1 << (FULL * size - 1).bit_length() if pinned else FULL * size
+    return len(KEYS) * max(shares.values())
 
 
 def _copied(mask: SampleMask) -> int:

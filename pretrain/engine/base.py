@@ -1,5 +1,6 @@
 """What an engine is: accumulation, update and evaluation on this rank, and its weights by parameter name."""
 
+import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +29,15 @@ class StepResult:
     grad_norm: float
     applied: bool
     loss_scale: float | None = None
+
+
+def deal(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The rank that keeps or writes each parameter: the largest first, each by the rank that has least until then."""
+    owners, loads = [0] * len(sizes), [(0, rank) for rank in range(ranks)]
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        load, owners[index] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[index], owners[index]))
+    return owners
 
 
 class Engine(ABC):

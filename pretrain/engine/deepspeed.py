@@ -8,6 +8,7 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.distributed import World, broadcast, together
-from pretrain.engine.base import Engine, StepResult, clip, nothing_to_gather
+from pretrain.engine.base import Engine, StepResult, clip, deal, nothing_to_gather
 from pretrain.engine.tensor_parallel import TensorParallel
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import LossSums, ObjectiveModule
@@ -80,19 +81,24 @@ class DeepSpeedEngine(Engine):
         for buffer in self.module.buffers():
             buffer.data = buffer.data.to(self.world.device)
         group = self.shared_by.data_group if self.shared_by else None
+        deepspeed.init_distributed()  # `Init` would read the configuration for a world of one
         deepspeed.zero.Init(self.module, data_parallel_group=group, config_dict_or_path=config, mpu=self.shared_by)
 
     def _exact(self) -> dict[str, Tensor]:
         """Copies of the weights, each on one of the ranks that hold it."""
-        mine, ranks = self.world.data_rank, self.world.data_size
-        named = enumerate(self.module.named_parameters())
-        return {name: p.detach().clone() for number, (name, p) in named if number % ranks == mine}
+        named, mine = dict(self.module.named_parameters()), self.world.data_rank
+        return {name: named[name].detach().clone() for name, owner in self._owners().items() if owner == mine}
+
+    def _owners(self) -> dict[str, int]:
+        """{name: data-parallel rank} of those that keep the weights."""
+        sizes = [math.prod(shape) for shape in self._own_shapes.values()]
+        return dict(zip(self._own_shapes, deal(sizes, self.world.data_size), strict=True))
 
     def _write_exact(self, exact: dict[str, Tensor]) -> None:
         world, group = self.world, self.shared_by.data_group if self.shared_by else None
-        for number, (name, shape) in enumerate(self._own_shapes.items()):
-            owner = number % world.data_size * world.tensor_parallel + world.tensor_rank
-            value = exact.pop(name) if owner == world.rank else torch.empty(shape)
+        for name, data_rank in self._owners().items():
+            owner = data_rank * world.tensor_parallel + world.tensor_rank
+            value = exact.pop(name) if owner == world.rank else torch.empty(self._own_shapes[name])
             value = value.to(world.device)
             broadcast(value, owner, group)
             self._write(name, {"param": value})
@@ -123,6 +129,8 @@ class DeepSpeedEngine(Engine):
             self._poison(parameter)
         if self._stage == 3:
             self._zero.inf_or_nan_tracker.fill_(True)
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize(self.world.device)  # deepspeed reads it on a stream of its own
         if hasattr(self._zero, "norm_for_param_grads"):
             self._zero.local_overflow = True
             self._zero.norm_for_param_grads = dict.fromkeys(self._zero.norm_for_param_grads, torch.tensor(float("nan")))
@@ -190,6 +198,8 @@ class DeepSpeedEngine(Engine):
         if self._stage in (1, 2):
             self._zero.update_lp_params()
         elif self._stage == 3:
+            if hasattr(self._zero, "invalidate_secondary_tensor"):
+                self._zero.invalidate_secondary_tensor()  # of `zero_hpz_partition_size`, from the weights before
             # small weights stay gathered between steps: drop those copies before, gather the new ones after
             self._zero._partition_all_parameters()
             for group in range(len(self._zero.fp32_partitioned_groups_flat)):

@@ -8,12 +8,11 @@ it. The tensors are written as they are in memory (fp32; float64 where a local r
 """
 
 import errno
-import heapq
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from pretrain import distributed
 from pretrain.checkpoints.seal import read_json
-from pretrain.engine.base import Engine
+from pretrain.engine.base import Engine, deal
 from pretrain.errors import CheckpointError, NonFiniteError, ParlanceError
 
 FORMAT = 1
@@ -53,15 +52,6 @@ class Copy:
     def files(self) -> list[str]:
         """The names that `write` gives to its files."""
         return [_part(self.rank), *([] if self.rank else [INDEX])]
-
-
-def deal(sizes: Sequence[int], ranks: int) -> list[int]:
-    """The rank that writes each parameter: the largest first, each by the rank that has least to write until then."""
-    owners, loads = [0] * len(sizes), [(0, rank) for rank in range(ranks)]
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        load, owners[index] = loads[0]
-        heapq.heapreplace(loads, (load + sizes[index], owners[index]))
-    return owners
 
 
 def copy(engine: Engine, memory: dict[str, Tensor]) -> Copy:

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from pretrain import config, distributed
-from pretrain.assemble import build_module, build_stream, complete_config
+from pretrain.assemble import build_module, build_stream, complete_config, has_checkpoint
 from pretrain.checkpoints.commit import Store
 from pretrain.checkpoints.seal import number
 from pretrain.config import RunConfig
@@ -62,6 +62,7 @@ class Figures:
     """
 
     settings: RunConfig
+    inherits: bool
     sources: Sequence[str]
     stream: SampleStream
     module: ObjectiveModule
@@ -91,7 +92,8 @@ class Figures:
         batch, engine, copies = self.settings.batch, self.settings.engine, ranks // self.settings.engine.tensor_parallel
         # One sample more or less decides which rank has the most.
         largest = min(batch.micro_max_tokens, self.step.tokens // copies + self.stream.corpus.longest)
-        return rank_memory(self.module, self.settings.model, engine, ranks, device, int(self.kept * largest))
+        kept = int(self.kept * largest)
+        return rank_memory(self.module, self.settings.model, engine, ranks, device, kept, self.inherits)
 
 
 def plan(
@@ -117,12 +119,13 @@ def plan(
         settings = complete_options(config.load(RunConfig, config_path, overrides))
         dataset = ShardDataset(settings.data.path, settings.data.on_bad_shard)
         # The table needs no weights; the bundle has given the shape of the model.
+        inherits = settings.init_from is not None and not has_checkpoint(settings)
         settings = complete_config(settings, dataset).model_copy(update={"init_from": None})
         nodes, gpus = cluster(simulate) if simulate else (1, ranks)
         assumed = Assumptions.given(assume)
         asked = World(0, nodes * gpus, 0, world.device).divided(settings.engine.tensor_parallel)
         check_cut(settings.model, asked.tensor_parallel)
-        figures = _figures(settings, dataset, asked, "cuda" if simulate else world.device.type)
+        figures = _figures(settings, dataset, asked, "cuda" if simulate else world.device.type, inherits)
         print(f"plan of {config_path} for {settings.run_dir}; nothing is started")
         for title, lines in _table(figures, world.device, simulate is not None):
             print(f"\n{title}", *lines, sep="\n  ")
@@ -135,8 +138,8 @@ def plan(
         _check_memory(figures)
 
 
-def _figures(settings: RunConfig, dataset: ShardDataset, world: World, device: str) -> Figures:
-    """device: the kind that activations are kept on."""
+def _figures(settings: RunConfig, dataset: ShardDataset, world: World, device: str, inherits: bool) -> Figures:
+    """device: the kind that activations are kept on. inherits: the weights will be those of a bundle."""
     with torch.device("meta"):
         module = build_module(settings, dataset)
     stream = build_stream(settings, dataset, module.objective, world)
@@ -149,6 +152,7 @@ def _figures(settings: RunConfig, dataset: ShardDataset, world: World, device: s
     how = engine.precision, device, engine.activation_checkpointing, engine.tensor_parallel
     figures = Figures(
         settings=settings,
+        inherits=inherits,
         sources=[source.name for source in dataset.manifest.sources],
         stream=stream,
         module=module,

@@ -12,6 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,3 +201,11 @@ def busy() -> None:
         return true(self, lr)
 
     LocalEngine.step = slowly  # type: ignore[method-assign]
+
+
+def test_a_place_between_two_lines() -> None:
+    """CPython has instructions that belong to no line, at which a thread may be looked at."""
+    code = SimpleNamespace(co_filename=__file__, co_name="between")
+    assert watchdog.place(SimpleNamespace(f_code=code, f_lineno=None, f_back=None)).endswith(
+        "test_hangs.py:0 in between"
+    )  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from pretrain.checkpoints import checkpoint
 from pretrain.checkpoints.commit import Store
 from pretrain.distributed import World
 from pretrain.engine import state as engine_state
+from pretrain.engine.base import deal
 from pretrain.errors import CheckpointError, DiskError, NonFiniteError
 from tests.distributed_helper import run_ranks
 from tests.pretrain.checkpoints.commits import save_state
@@ -308,7 +309,7 @@ def test_progress_must_be_finite_json(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 10**9), max_size=50), st.integers(1, 9))
 def test_ranks_write_about_as_much_each(sizes: list[int], ranks: int) -> None:
-    owners, loads = engine_state.deal(sizes, ranks), [0] * ranks
+    owners, loads = deal(sizes, ranks), [0] * ranks
     for size, owner in zip(sizes, owners, strict=True):
         loads[owner] += size
     assert max(loads) - min(loads) <= max(sizes, default=0)
