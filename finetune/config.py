@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from pretrain.config import BatchConfig, EngineConfig, OptimConfig, Section, TrainConfig
+from pretrain.config import NAME, BatchConfig, EngineConfig, OptimConfig, Section, TrainConfig
 from pretrain.errors import ConfigError
 
 # What `preset=NAME` on the command line stands for, whatever the YAML.
@@ -77,7 +77,7 @@ class TuneConfig(Section):
     then, at least the ones shown; null: those alone.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    name: str = Field(pattern=NAME)
     runs: str = "runs"
     seed: int = Field(1, ge=0, lt=2**31)
     bundle: str

@@ -113,12 +113,21 @@ def _slurm(commands: Commands) -> None:
 
 
 def _run_slurm(given: argparse.Namespace) -> None:
+    import torch
+
     from pretrain import config, train
+    from pretrain.assemble import complete_config
+    from pretrain.data.dataset import ShardDataset
+    from pretrain.distributed import World
     from pretrain.launch.slurm import Checked, write_job
     from pretrain.parsing import read_json
 
+    world = World(0, given.nodes * max(1, given.gpus_per_node), 0, torch.device("cpu"))
+
     def load(overrides: Sequence[str]) -> Checked:
         settings = train.complete_options(config.load(config.RunConfig, given.config, overrides))
+        world.divided(settings.engine.tensor_parallel)
+        complete_config(settings, ShardDataset(settings.data.path, settings.data.on_bad_shard))
         return Checked(settings.name, settings.run_dir, config.dump(settings), settings.data.workers)
 
     user = read_json(given.deepspeed_config) if given.deepspeed_config else None

@@ -45,6 +45,7 @@ def _run(
         parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in settings)}")
     if settings:
         given.overrides += settings
+    given.words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         given.run(given)
     except ParlanceError as error:

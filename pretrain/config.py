@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pretrain.errors import ConfigError
 from pretrain.parsing import parse_scalar, read_yaml
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+NAME_HINT = "up to 100 letters, digits and ._-, the first a letter or digit"
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -192,7 +194,7 @@ class RunConfig(Section):
     init_from: a bundle whose weights the run begins with; it also gives `model`, in which only dropouts may differ.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    name: str = Field(pattern=NAME)
     runs: str = "runs"
     seed: int = Field(1, ge=0, lt=2**31)
     init_from: str | None = None
@@ -317,10 +319,13 @@ def _explain(kind: type[BaseModel], values: Any, problem: dict[str, Any]) -> str
             annotation = section.model_fields[part].annotation
             section = next(one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields"))
         near = difflib.get_close_matches(path[-1], list(section.model_fields), n=1, cutoff=0.4)
-        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(section.model_fields)}"
+        meant = ".".join([*path[:-1], *near])  # as it is given on the command line
+        hint = f"did you mean `{meant}`?" if near else f"valid keys: {', '.join(section.model_fields)}"
         return f"unknown key `{name}`; {hint}"
     if problem["type"] == "missing":
         return f"`{name}` is required"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"`{name}` must be {NAME_HINT}, got {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if problem["type"] == "value_error":

@@ -141,7 +141,8 @@ class Run:
         assert isinstance(self.settings, BaseModel)
         text, step, train = config.dump(self.settings), self.progress.step, self.settings.train
         watch = f"watch: tensorboard --logdir {self.folder / runs.BOARD}"
-        print(text.rstrip(), *repaired, *self.notes, *derived, watch, sep="\n", file=sys.stderr, flush=True)
+        shown = text.rstrip() if changed or not step else f"configuration: {self.folder / runs.CONFIG}, as it was"
+        print(shown, *repaired, *self.notes, *derived, watch, sep="\n", file=sys.stderr, flush=True)
         runs.write_text(self.folder / runs.CONFIG, text)
         environment = {**self.environment, **slurm.describe(os.environ)}
         runs.write_json(self.folder / runs.ENVIRONMENT, environment)

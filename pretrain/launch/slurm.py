@@ -77,20 +77,20 @@ def write_job(
     Args:
         program: `pretrain` or `finetune`, whose `train` the job runs.
         given: what `add_arguments` describes.
-        load: overrides -> the configuration; raises ConfigError where it is wrong.
+        load: overrides -> the configuration; raises what `train` would where it, its data or its bundle is wrong.
         files: {file name: content} that `train` gets besides, {"deepspeed_config": ...} as --deepspeed_config.
 
     Raises:
-        UsageError, ConfigError: nothing was written.
+        ParlanceError: nothing was written.
     """
     limit = _seconds(given.time)
     if given.signal_seconds >= limit:
         raise UsageError(f"`--signal-seconds` must be less than `--time`, which is {limit}, got {given.signal_seconds}")
     if given.at_once and not (given.seeds or given.array):
         raise UsageError(f"`--at-once` must come with `--seeds` or `--array`, got {given.at_once} alone")
-    for word in (str(Path.cwd()), given.config, *given.overrides, *(given.array or ())):
+    for word in (str(Path.cwd()), *given.words):
         if not word.isprintable():
-            raise UsageError(f"this folder, configuration and overrides must be printable text, got {word!r:.80}")
+            raise UsageError(f"this folder and the words of the command must be printable text, got {word!r:.80}")
     base = load(given.overrides)
     elements = dict(_elements(given, base.name))
     runs = [load([*given.overrides, *overrides]) for overrides in elements.values()]
@@ -166,7 +166,7 @@ def _script(
     lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
     arguments = ['"$copy/config.yaml"', *(f'--{name} "$copy/{name}"' for name in files)]
     values = {
-        "COMMAND": f"python -m {program} slurm {shlex.join([given.config, *given.overrides])} ...",
+        "COMMAND": f"python -m {program} {shlex.join(given.words)}",
         "OPTIONS": "\n".join([*lines, "#SBATCH --requeue"]),
         "FOLDER": shlex.quote(str(here)),
         "PYTHON": shlex.quote(sys.executable),
@@ -209,8 +209,10 @@ def _word(text: str) -> str:
 
 def _option(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
-    if not re.fullmatch(r"[a-z][a-z-]*", key) or not equals or not WORD.fullmatch(value):
+    if not re.fullmatch(r"[a-z][a-z-]*", key) or not equals:
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, a long option of sbatch, got {text!r:.80}")
+    if not WORD.fullmatch(value):
+        raise argparse.ArgumentTypeError(f"must have a value without spaces and quotes, got {text!r:.80}")
     if key in OURS:
         raise argparse.ArgumentTypeError(f"must leave `{key}` to this command, got {text!r:.80}")
     return key, value

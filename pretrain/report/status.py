@@ -85,6 +85,7 @@ class Status:
     skipped_updates: int
     errors: int
     last_error: str | None
+    seconds_since_error: float | None
 
 
 def status(run_dir: str | Path, as_json: bool = False) -> None:
@@ -110,6 +111,7 @@ def read_status(run: Path, now: float) -> Status:
     saves = kept_saves(events)
     all_saves = [event for event in events if event["event"] == "save"]
     errors = [event for event in events if event["event"] == "error"]
+    error = _first_of_last(events)
     ended = next((event["event"] for event in reversed(events) if event["event"] in (*ENDS, *BEGINS)), "")
     sign = max(events[-1]["time"], board.time if board else 0.0)
     passed = max(0.0, (now if by else sign) - events[0]["time"])  # a clock may have been set back
@@ -142,7 +144,8 @@ def read_status(run: Path, now: float) -> Status:
         restarts=len(begins) - 1,
         skipped_updates=sum(event["event"] == "skip" for event in events),
         errors=len(errors),
-        last_error=f"{errors[-1].get('kind')}: {errors[-1].get('message')}" if errors else None,
+        last_error=f"{error.get('kind')}: {error.get('message')}" if error else None,
+        seconds_since_error=max(0.0, now - error["time"]) if error else None,
     )
 
 
@@ -274,9 +277,21 @@ def describe(found: Status) -> str:
             )
         ),
     }
-    if found.last_error:
-        lines["error"] = found.last_error
+    if found.last_error and found.seconds_since_error is not None:
+        lines["error"] = f"{clock(found.seconds_since_error)} ago: {found.last_error}"
     return "\n".join([f"run {found.run}", *(f"  {name:8} {text}" for name, text in lines.items())])
+
+
+def _first_of_last(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first error of the last life that had any: those behind it are of other ranks, which it took along."""
+    first: dict[str, Any] | None = None
+    begun = True
+    for event in events:
+        if event["event"] in BEGINS:
+            begun = True
+        elif event["event"] == "error" and begun:
+            first, begun = event, False
+    return first
 
 
 def _terms(losses: Mapping[str, float], group: str) -> str:
@@ -289,6 +304,8 @@ def _terms(losses: Mapping[str, float], group: str) -> str:
 def _steps(run: Path) -> int:
     """Updates that the configuration of a run asks for, of pre-training or of tuning."""
     if not (run / runs.CONFIG).exists():
+        if (run / "slurm").is_dir():
+            raise CheckpointError(f"`{run}` has not started: the script of its Slurm job is written, and no more")
         raise CheckpointError(f"`{run}` must be the folder of a run, it has no {runs.CONFIG}")
     try:
         train = read_yaml(run / runs.CONFIG).get("train")

@@ -184,7 +184,7 @@ def test_refusals_are_one_line(
         ({"runner": {"name": "soft_exit", "rows": 64}}, "`runner.rows` must be at most 63, the bundle's 64 positions"),
         ({"runner": {"name": "soft_exit", "rows": "target"}}, "must be a number or `longest` with soft_exit"),
         ({"runner": {"name": "narr"}}, "`runner.name` must be one of ar, nar,"),
-        ({"runner": {"name": "nar", "decoding": {"iteration": 1}}}, "did you mean `iterations`?"),
+        ({"runner": {"name": "nar", "decoding": {"iteration": 1}}}, "did you mean `decoding.iterations`?"),
         ({"bundl": "x"}, "unknown key `bundl`; did you mean `bundle`?"),
     ],
 )

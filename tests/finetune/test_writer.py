@@ -91,7 +91,7 @@ def test_the_number_of_a_line_and_no_other_line_decides_a_sample(janus: Writer) 
         (None, {}, UsageError, r"`mode` must be one of ar, nar, draft with `.*janus`, got None"),
         ("soft", {}, UsageError, r"`mode` must be one of ar, nar, draft with `.*janus`, got 'soft'"),
         ("hard_exit", {}, UsageError, "needs a bundle with mode hard_exit"),
-        ("ar", {"beams": 3}, ConfigError, "did you mean `beam`"),
+        ("ar", {"beams": 3}, ConfigError, "did you mean `decoding.beam`"),
         ("ar", {"n_best": 5}, ConfigError, "`n_best` must be at most `beam`, 4"),
         ("ar", {"top_k": 5}, ConfigError, "`top_k` must not be given without `sample`"),
         ("nar", {"max_length": 65}, ConfigError, "64 positions, got 65"),

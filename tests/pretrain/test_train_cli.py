@@ -116,7 +116,7 @@ def test_a_run_that_was_ended_goes_on_bit_by_bit(end, data, uninterrupted, tmp_p
 @pytest.mark.parametrize(
     ("override", "code", "message"),
     [
-        ("optim.lrr=1", 3, "unknown key `optim.lrr`; did you mean `lr`?"),
+        ("optim.lrr=1", 3, "unknown key `optim.lrr`; did you mean `optim.lr`?"),
         ("train.steps=many", 3, "`train.steps` must be a valid integer, got 'many'"),
         ("model.dropout=1.5", 3, "`model.dropout`"),
         ("objective.name=bert", 3, "`objective.name` must be one of janus"),

@@ -3,6 +3,7 @@
 `srun`, `scontrol` and `squeue` are stood in for here; tests/e2e/test_slurm_jobs.py has the real ones.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,8 @@ import pytest
 from finetune.__main__ import main as finetune
 from pretrain.__main__ import main
 from pretrain.launch import snapshot
-from tests.pretrain.runs import ROOT, write_config
+from tests.finetune.test_end_to_end import bundle_at
+from tests.pretrain.runs import ROOT, make_data, write_config
 
 BASH = shutil.which("bash")
 NEEDED = ["--nodes", "2", "--gpus-per-node", "4", "--time", "12:00:00"]
@@ -38,12 +40,17 @@ echo "$STATE"
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("text"), 20)
+
+
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to submit from, with tiny.yaml; copies of the code are a line long."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(snapshot, "code", lambda: {"pretrain/__main__.py": b"code\n"})
-    write_config(tmp_path, tmp_path / "data")
+    write_config(tmp_path, data)
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("sleep", "#!/bin/sh\n")):
@@ -236,7 +243,11 @@ def test_settings_of_deepspeed_travel_along(job, here: Path) -> None:
 
 def test_tuning_has_the_same_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ROOT / "configs" / "finetune" / "stdlib_summaries" / "ar.yaml"
-    assert finetune(["slurm", str(config), "bundle=bundles/b", "--seeds", "1,2", *NEEDED]) == 0
+    given = ["slurm", str(config), "bundle=bundles/b", "--seeds", "1,2", *NEEDED]
+    assert finetune(given) == 5 and not (here / "runs").exists()
+    (here / "bundles").mkdir()
+    bundle_at(here / "bundles" / "b", ("ar", "nar"), "eos_first")
+    assert finetune(given) == 0
     text = capsys.readouterr().out
     assert '"$python" -m finetune train "$copy/config.yaml"' in text and "--array=1,2" in text
     assert len(list(here.glob("runs/stdlib-summaries-ar-seed?/slurm/*/config.yaml"))) == 2
@@ -245,7 +256,7 @@ def test_tuning_has_the_same_command(here: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["optim.lrr=1"], 3, "unknown key `optim.lrr`; did you mean `lr`?"),
+        (["optim.lrr=1"], 3, "unknown key `optim.lrr`; did you mean `optim.lr`?"),
         (["objective.name=bert"], 3, "`objective.name` must be one of janus"),
         (["--array", "optim.lr=fast"], 3, "`optim.lr`"),
         (["--array", "name=x"], 2, "must leave `name` and `runs` alone"),
@@ -257,6 +268,10 @@ def test_tuning_has_the_same_command(here: Path, capsys: pytest.CaptureFixture[s
         (["--signal-seconds", "43200"], 2, "must be less than `--time`, which is 43200"),
         (["--sbatch", "signal=B:USR2@1"], 2, "must leave `signal` to this command"),
         (["--sbatch", "qos"], 2, "must be KEY=VALUE"),
+        (["--sbatch", "comment=two words"], 2, "must have a value without spaces and quotes"),
+        (["data.path=none"], 4, "must come from a finished `prepare`"),
+        (["engine.tensor_parallel=3"], 3, "must divide the number of ranks (8), got 3"),
+        (["model.max_positions=8"], 3, "`model.max_positions` must be at least"),
         (["--deepspeed_config", "none.json"], 3, "none.json"),
         (["runs=tiny.yaml"], 3, "must be a folder to write into"),
     ],
@@ -318,14 +333,15 @@ def test_hostile_words_are_refused(place: str, evil: str, here: Path, capsys: py
 @pytest.mark.parametrize("evil", [word for word in EVIL if word.isprintable() and "/" not in word])
 @pytest.mark.parametrize("place", ["config", "data", "folder", "python", "runs"])
 def test_hostile_words_that_may_be_are_only_words(
-    place: str, evil: str, job, here: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, evil: str, job, here: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, config, settings = directives(job()), Path("tiny.yaml"), []
     shutil.rmtree(here / "runs")
     if place == "config":
         config = config.rename(f"{evil}.yaml")
     elif place == "data":
-        settings = [f"data.path={evil!r}"]
+        (here / evil).symlink_to(data)
+        settings = [f"data.path={json.dumps(evil)}"]
     elif place == "folder":
         (here / evil).mkdir()
         config.rename(here / evil / "tiny.yaml")
