@@ -69,8 +69,21 @@ def moved_whole(world: World) -> list[str]:
     return found
 
 
+def of_the_users(world: World, **zero: int) -> dict[str, float]:
+    """What ZeRO-3 with a DeepSpeed configuration of the user's own makes of weights that are written into it."""
+    user = {"train_batch_size": world.size, "zero_optimization": {"stage3_param_persistence_threshold": 0, **zero}}
+    engine = build(EngineConfig(zero_stage=3), OPTIM, toy_module(), world, user)
+    for name in engine.parameters():
+        engine.write(name, {"param": 3 * engine.read(name)["param"] + 0.1})
+    engine.refresh()
+    return {name: float(value) for name, value in engine.evaluate(toy_window(3)[world.rank :: world.size]).items()}
+
+
 def two_ranks(world: World) -> dict[str, Any]:
-    found: dict[str, Any] = {str(case): curves(world, *case) for case in CASES}
+    found: dict[str, Any] = {}
+    # First, because the first engine of a process sets deepspeed up.
+    found["own"] = [of_the_users(world), of_the_users(world, zero_hpz_partition_size=2)]
+    found |= {str(case): curves(world, *case) for case in CASES}
     found["summed"] = distributed.sum_counts({"b": world.rank + 0.5, "a": 10 + world.rank})
     found["any"] = [distributed.any_rank(world.rank == 1), distributed.any_rank(False)]
     found["told"] = distributed.broadcast_object({"from": world.rank, "text": "é" * (1 + world.rank)})
@@ -192,6 +205,12 @@ def test_offload_computes_the_same(name: str, single: dict[str, Any], judge: dic
 
 def test_zero_3_cuts_a_model_before_it_goes_to_the_device(pair: list[dict[str, Any]]) -> None:
     assert pair[0]["moved whole"] == pair[1]["moved whole"] == []
+
+
+def test_weights_are_those_that_were_written_however_zero_3_keeps_them(pair: list[dict[str, Any]]) -> None:
+    for rank in pair:
+        whole, secondary = rank["own"]
+        assert secondary == pytest.approx(whole, rel=1e-6)
 
 
 def test_what_ranks_tell_each_other(pair: list[dict[str, Any]]) -> None:
