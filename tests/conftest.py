@@ -1,6 +1,7 @@
 """What every test shares: where real data lies, quiet threads, and fresh memory poisoned with NaN."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,13 @@ settings.register_profile("parlance", deadline=None)
 settings.load_profile("parlance")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heard_sigint():
+    """A shell lets what it runs in the background ignore SIGINT, and so would all that tests start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
