@@ -184,7 +184,7 @@ def _check_disk(figures: Figures) -> None:
 
 def _check_memory(figures: Figures) -> None:
     if not figures.fits:
-        needed, room = shown_bytes(figures.needed), shown_bytes(figures.capacity)
+        needed, room = shown_bytes(figures.needed), shown_bytes(max(0, figures.capacity - figures.reserved))
         raise ConfigError(
             f"a rank must fit in {room} of memory, needs {needed}: lower `batch.micro_max_tokens`, or change `model`, "
             "`engine.zero_stage`, `engine.offload`, `engine.activation_checkpointing` or the number of ranks"
