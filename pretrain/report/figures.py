@@ -31,8 +31,9 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class Figures:
-    """flops, samples, tokens: of one update over all ranks, the first one. sources: names.
+    """What is known before anything is started.
 
+    flops, samples, tokens: of one update over all ranks, the first one. sources: names.
     kept: bytes of activations for each target token of a micro-batch. batches: those of one rank of a world of one.
     needed: bytes of memory that must fit into `capacity`, those in the host's too where the device is the host.
     reserved: bytes of `capacity` that are not ours.
