@@ -75,8 +75,9 @@ def _plan(commands: Commands) -> None:
     )
     parser.add_argument(
         "--assume", action="append", default=[], metavar="NAME=NUMBER",
-        help="for --simulate: peak_tflops and reached (a part of 1) of a GPU, node_gb and network_gb (GB/s it sends "
-        "inside and out of its machine); repeatable",
+        help="for --simulate: gpu (GB of memory), peak_tflops and reached (a part of 1) of a GPU, node_gb and "
+        "network_gb (GB/s it sends inside and out of its machine), pcie_gb (GB/s between it and its host), host_gb "
+        "(GB/s of a machine's memory); repeatable",
     )  # fmt: skip
     parser.set_defaults(run=_run_plan)
 

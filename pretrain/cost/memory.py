@@ -53,7 +53,8 @@ DROPPED_SCORES = 3
 class Memory:
     """{kind: bytes} of one rank, on its device and in the memory of its host, which may be the same.
 
-    building: bytes of the whole model in the memory of the host, before the rest is there.
+    The host's are those of this rank alone: a machine holds as much for each of its ranks. building: bytes of the whole
+    model, which every rank builds in the memory of the host before the rest is there.
     """
 
     device: Mapping[str, int]
@@ -66,14 +67,19 @@ class Memory:
         return sum(self.device.values())
 
     @property
+    def training(self) -> int:
+        """Bytes in the memory of the host while the rank trains, where the device is another one."""
+        return sum(self.host.values())
+
+    @property
     def in_host(self) -> int:
         """The most bytes in the memory of the host, where the device is another one."""
-        return max(sum(self.host.values()), self.building)
+        return max(self.training, self.building)
 
     @property
     def everywhere(self) -> int:
         """The most bytes in the memory of the host, where the device is the host."""
-        return max(self.total + sum(self.host.values()), self.building)
+        return max(self.total + self.training, self.building)
 
 
 def rank_memory(
@@ -125,6 +131,8 @@ def rank_memory(
         if stage < 3:  # beside the sums that the optimizer reads, those of the micro-batches; room to move the largest
             host["gradients"] += FULL * (share + max(sizes))
             parts["buffers"] += FULL * max(sizes)
+        else:  # both sums lie there
+            host["gradients"] += parts.pop("gradients")
     if engine.offload == "all":
         host["weights"] = low * share
         parts["weights"] -= low * share

@@ -1,34 +1,35 @@
 """What an update would be on a cluster that is not here: batches, messages and a time from stated assumptions.
 
-Nothing of it is measured. The time is arithmetic on the peak of a device, the part of it that is reached, and two
+Nothing of it is measured. The time is arithmetic on the peak of a device, the part of it that is reached, and four
 bandwidths; whoever knows better numbers gives them (`--assume`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
-from pretrain.config import RunConfig
 from pretrain.cost.communication import data_parallel_payload, sent, tensor_parallel_payload
-from pretrain.cost.flops import Flops
-from pretrain.data.plan import StepPlan
+from pretrain.cost.offload import adam_bytes, pcie_payload
 from pretrain.errors import ConfigError
-from pretrain.objectives import ObjectiveModule
+from pretrain.report.figures import Figures
 from pretrain.report.findings import shown_bytes
 from pretrain.watch.console import clock, short
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """peak_tflops: of one GPU in the precision of the run. reached: part of it that computing reaches.
+    """gpu: GB of memory of one. peak_tflops: of one in the precision of the run. reached: part that computing reaches.
 
-    node_gb, network_gb: GB/s that one GPU can send inside its machine, and out of it.
+    node_gb, network_gb: GB/s that one GPU can send inside its machine, and out of it. pcie_gb: GB/s between one GPU and
+    its host, from memory that is not pinned. host_gb: GB/s of the memory of a machine, shared by its ranks.
     """
 
+    gpu: float = 80.0
     peak_tflops: float = 989.0
     reached: float = 0.4
     node_gb: float = 450.0
     network_gb: float = 50.0
+    pcie_gb: float = 12.0
+    host_gb: float = 300.0
 
     @classmethod
     def given(cls, texts: Sequence[str]) -> "Assumptions":
@@ -48,8 +49,9 @@ class Assumptions:
 
     def __str__(self) -> str:
         return (
-            f"{self.peak_tflops:g} TFLOP/s a GPU of which {self.reached:.0%} are reached, {self.node_gb:g} GB/s from a "
-            f"GPU to others of its machine, {self.network_gb:g} GB/s out of it"
+            f"{self.gpu:g} GB a GPU, {self.peak_tflops:g} TFLOP/s of which {self.reached:.0%} are reached, "
+            f"{self.node_gb:g} GB/s from a GPU to others of its machine, {self.network_gb:g} GB/s out of it, "
+            f"{self.pcie_gb:g} GB/s between a GPU and its host, {self.host_gb:g} GB/s of a machine's memory"
         )
 
 
@@ -61,22 +63,29 @@ def cluster(text: str) -> tuple[int, int]:
     return int(nodes), int(gpus)
 
 
-def simulated(
-    settings: RunConfig,
-    module: ObjectiveModule,
-    step: StepPlan,
-    batches: Sequence[Any],
-    flops: Flops,
-    nodes: int,
-    gpus: int,
-    assumed: Assumptions,
-) -> list[str]:
-    """The lines. batches: micro-batches of one data-parallel rank. flops: of the update over all ranks."""
-    engine, ranks = settings.engine, nodes * gpus
+def simulated(figures: Figures, nodes: int, gpus: int, assumed: Assumptions) -> list[str]:
+    """The lines; no time where the model does not fit."""
+    settings, step, flops = figures.settings, figures.step, figures.flops
+    engine, ranks, steps = settings.engine, nodes * gpus, settings.train.steps
     degree, copies = engine.tensor_parallel, ranks // engine.tensor_parallel
     micros = len(step.micro[0])
-    over = data_parallel_payload(module, engine, copies, micros)
-    within = tensor_parallel_payload(settings.model, batches, engine)
+    over = data_parallel_payload(figures.module, engine, copies, micros)
+    # of the batches of all data-parallel ranks, each has its part
+    whole = tensor_parallel_payload(settings.model, figures.batches, engine)
+    within = {kind: count // copies for kind, count in whole.items()}
+    moved = pcie_payload(figures.module, engine, copies, micros)
+    lines = [
+        f"{ranks:,} GPUs = {copies:,} data-parallel x {degree} that share a model",
+        f"{step.count:,} samples, {step.tokens:,} target tokens an update; each data-parallel rank "
+        f"{step.count / copies:.1f} samples in {micros} micro-batch(es)",
+        *_messages("data-parallel ranks", over, copies),
+        *_messages("ranks that share a model", within, degree),
+        *([f"between a GPU and its host: {_parts(moved)}"] if moved else []),
+    ]
+    stated = f"assumed, not measured: {assumed}; messages go around rings at full bandwidth; "
+    stated += "reading, validation and saving cost nothing"
+    if not figures.fits:
+        return [*lines, "no time, as it does not fit", stated]
     # neighbours share a model, so data-parallel ranks are on other machines as soon as there are some
     over_gb = assumed.node_gb if nodes == 1 else assumed.network_gb
     within_gb = assumed.node_gb if degree <= gpus and not gpus % degree else assumed.network_gb
@@ -84,27 +93,28 @@ def simulated(
     computing = again / ranks / (assumed.peak_tflops * 1e12 * assumed.reached)
     sharing = sent(within, degree) / (within_gb * 1e9)
     reducing = sent(over, copies) / (over_gb * 1e9)
-    least, most = max(computing + sharing, reducing), computing + sharing + reducing
-    lines = [
-        f"{ranks:,} GPUs = {copies:,} data-parallel x {degree} that share a model",
-        f"{step.count:,} samples, {step.tokens:,} target tokens an update; each data-parallel rank "
-        f"{step.count / copies:.1f} samples in {micros} micro-batch(es)",
-        *_messages("data-parallel ranks", over, copies),
-        *_messages("ranks that share a model", within, degree),
+    moving = sum(moved.values()) / (assumed.pcie_gb * 1e9)
+    adam = gpus * adam_bytes(figures.module, engine, copies) / (assumed.host_gb * 1e9)
+    least, most = max(computing + sharing, reducing, moving) + adam, computing + sharing + reducing + moving + adam
+    offloaded = f", {moving:.3g} s between GPU and host, {adam:.3g} s Adam on the host" if moved else ""
+    hidden = "data-parallel messages and copies" if moved else "data-parallel messages"
+    return [
+        *lines,
         f"time: {computing:.3g} s computing, {sharing:.3g} s among ranks that share a model, {reducing:.3g} s among "
-        "data-parallel ranks",
-        f"= {least:.3g} s an update if data-parallel messages hide behind computing, {most:.3g} s if none does",
+        f"data-parallel ranks{offloaded}",
+        f"= {least:.3g} s an update if {hidden} hide behind computing, {most:.3g} s if none does",
         f"= {short(step.tokens / most)} to {short(step.tokens / least)} target tokens/s, "
-        f"{clock(least * settings.train.steps)} to {clock(most * settings.train.steps)} for {settings.train.steps:,} "
-        "updates (h:mm:ss)",
-        f"assumed, not measured: {assumed}; messages go around rings at full bandwidth; reading, validation and saving "
-        "cost nothing",
+        f"{clock(least * steps, hours=True)} to {clock(most * steps, hours=True)} for {steps:,} updates (h:mm:ss), "
+        f"{least * steps * ranks / 3600:,.1f} to {most * steps * ranks / 3600:,.1f} GPU-hours",
+        stated,
     ]
-    return lines
 
 
 def _messages(among: str, payload: dict[str, int], ranks: int) -> list[str]:
     if not payload:
         return [f"no messages among {among}: there is one"]
-    parts = ", ".join(f"{kind} {shown_bytes(count)}" for kind, count in payload.items())
-    return [f"messages among {among}: {parts}; each sends {shown_bytes(round(sent(payload, ranks)))}"]
+    return [f"messages among {among}: {_parts(payload)}; each sends {shown_bytes(round(sent(payload, ranks)))}"]
+
+
+def _parts(payload: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {shown_bytes(count)}" for kind, count in payload.items() if count)

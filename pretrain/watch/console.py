@@ -122,8 +122,8 @@ def short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def clock(seconds: float) -> str:
-    """2:41 or 1:02:41."""
+def clock(seconds: float, hours: bool = False) -> str:
+    """2:41 or 1:02:41. hours: 0:02:41, for where the text says (h:mm:ss)."""
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    whole, minutes = divmod(minutes, 60)
+    return f"{whole}:{minutes:02d}:{rest:02d}" if whole or hours else f"{minutes}:{rest:02d}"

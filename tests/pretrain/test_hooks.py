@@ -77,6 +77,7 @@ def test_clock_and_short_are_readable(value):
     hours, rest = divmod(round(value), 3600)
     expected = [hours, *divmod(rest, 60)] if hours else list(divmod(rest, 60))
     assert [int(part) for part in clock(value).split(":")] == expected
+    assert [int(part) for part in clock(value, hours=True).split(":")] == [hours, *divmod(rest, 60)]
     unit = {"k": 1e3, "M": 1e6}.get(short(value)[-1], 1)
     assert float(short(value).rstrip("kM")) * unit == pytest.approx(value, rel=0.06, abs=0.51)
 

@@ -288,6 +288,9 @@ def test_sharding_and_offload_move_bytes():
     offloaded = memory(8, zero_stage=2, precision="bf16", offload="optimizer")
     assert offloaded.total < stages[1].total and offloaded.host["optimizer"] == stages[1].device["optimizer"]
     assert "optimizer" not in offloaded.device and offloaded.device["activations"] == 1000
+    cut = memory(8, zero_stage=3, precision="bf16", offload="all")
+    assert "gradients" not in cut.device and cut.host["gradients"] == 2 * 4 * -(-count // 8), "both sums are the host's"
+    assert cut.training == sum(cut.host.values()) and cut.in_host == max(cut.training, cut.building)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from pretrain.__main__ import main
+from pretrain.report import figures, measure
 from pretrain.report import plan as planning
 from tests.pretrain.runs import make_data, write_config, write_text
 
@@ -147,37 +148,40 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error_below_the_table(planne
 
 
 def test_a_machine_too_small_is_said_and_not_tried(planned, monkeypatch):
-    monkeypatch.setattr(planning, "_capacity", lambda device, ranks: 1000)
+    monkeypatch.setattr(figures, "_capacity", lambda device, ranks: 1000)
     found = planned(code=3)
     out = found.out
     assert found.err.startswith("error: a rank must fit in 1 kB of memory, needs ") and found.err.count("\n") == 1
     assert "does NOT fit in 1 kB (this machine's memory" in out and "work: " in out
     assert "not measured, as it does not fit; --measure tries" in out
     monkeypatch.undo()
-    monkeypatch.setattr(planning, "PATIENCE_SECONDS", 1e-9)
-    assert "not measured: it may take" in planned().out
+    monkeypatch.setattr(measure, "PATIENCE_SECONDS", 1e-9)
+    assert re.search(r"not measured: it may take \d+:\d\d:\d\d \(h:mm:ss\) on", planned().out)
 
 
 def test_memory_is_shared_by_ranks_and_limited_by_a_container(monkeypatch, tmp_path):
     import torch
 
     cpu = torch.device("cpu")
-    assert planning._capacity(cpu, 4) == planning._capacity(cpu, 1) // 4
+    assert figures._capacity(cpu, 4) == figures._capacity(cpu, 1) // 4
     (tmp_path / "memory.max").write_text("1000000\n")
-    monkeypatch.setattr(planning, "CGROUP_LIMIT", tmp_path / "memory.max")
-    assert planning._capacity(cpu, 2) == 500_000
+    monkeypatch.setattr(figures, "CGROUP_LIMIT", tmp_path / "memory.max")
+    assert figures._capacity(cpu, 2) == 500_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert planning._capacity(cpu, 1) > 10**8
+    assert figures._capacity(cpu, 1) > 10**8
     assert planning._existing(tmp_path / "a" / "b") == tmp_path
 
 
 def test_a_cluster_is_simulated_from_stated_assumptions(planned):
     shared = ("engine.kind=deepspeed", "engine.zero_stage=2", "engine.tensor_parallel=2", "engine.precision=bf16")
     out = planned(*shared, "--simulate", "2x4").out
-    assert "8 GPUs = 4 data-parallel x 2 that share a model" in out and "not measured: 989 TFLOP/s" in out
+    assert "8 GPUs = 4 data-parallel x 2 that share a model" in out and "not measured: 80 GB a GPU, 989 TFL" in out
     assert "= 4 rank(s) x" in out and "each of them 2 that share a model" in out
-    assert "tensor parallel 2" in out and "fits in" not in out and "s an update if data-parallel" in out
-    assert re.search(r"\n  2 of 80 GB: \S+ [kMG]B each, and \S+ [kMG]B of the host's\n  2 of 141 GB: ", out)
+    assert "tensor parallel 2" in out and "B, fits in 80 GB of a GPU (assumed" in out
+    assert "s an update if data-parallel messages hide" in out
+    assert re.search(r"\n  2 of 80 GB: \S+ [kMG]B each, and each rank \S+ [kMG]B of its host's memory\n  2 of 141", out)
+    assert re.search(r"\ndisk: \S+ [kM]B\n", out), "the disk of this machine is not that of the cluster"
+    assert "between a GPU and its host:" not in out and "Adam" not in out, "nothing is offloaded"
     computing = number(r"time: (\S+) s computing", out)
     slower = planned(*shared, "--simulate", "2x4", "--assume", "reached=0.2", "--assume", "network_gb=5").out
     assert number(r"time: (\S+) s computing", slower) == pytest.approx(2 * computing, rel=0.02)
@@ -186,13 +190,69 @@ def test_a_cluster_is_simulated_from_stated_assumptions(planned):
     )
 
 
+CUT = ("engine.kind=deepspeed", "engine.zero_stage=3", "engine.precision=bf16")
+
+
+def test_a_gpu_too_small_is_an_error_below_the_table_and_has_no_time(planned):
+    found = planned(*CUT, "--simulate", "2x4", "--assume", "gpu=2.0001", code=3)
+    assert "does NOT fit in 2 GB of a GPU (assumed" in found.out and "no time, as it does not fit\n" in found.out
+    assert "tokens/s" not in found.out and "messages among data-parallel ranks: " in found.out
+    assert found.err.startswith("error: a rank must fit in 100 kB of memory, needs ") and found.err.count("\n") == 1
+    assert "not measured: 2.0001 GB a GPU" in found.out
+    assert "not measured: 2.5 GB a GPU" in planned(*CUT, "--simulate", "2x4", "--assume", "gpu=2.5").out
+
+
+def test_a_machine_holds_what_each_of_its_ranks_does(planned):
+    out = planned(*CUT, "engine.offload=all", "--simulate", "2x4").out
+    builds = number(r"each rank builds the whole model in the host's memory: ([\d.]+) kB", out)
+    held = [float(size) for size in re.findall(r"([\d.]+) kB  [^\n]*, in the host's memory", out)]
+    found = re.search(r"a node of 4 needs ([\d.]+) kB of memory to begin with, ([\d.]+) kB while it trains", out)
+    assert len(held) == 5 and float(found[1]) == pytest.approx(4 * builds, rel=0.01)
+    assert float(found[2]) == pytest.approx(4 * sum(held), rel=0.01)
+
+
+def test_offload_costs_its_way_through_pcie_and_the_memory_of_the_host(planned):
+    def read(*arguments):
+        out = planned(*CUT, "train.steps=100000000", "--simulate", "2x4", *arguments).out
+        parts = [float(seconds) for seconds in re.findall(r"(\S+) s (?:computing|among|between|Adam)", out)]
+        return out, parts, number(r"\n  = (\S+) s an update", out), number(r"computing, (\S+) s if none does", out)
+
+    *_, plain, _ = read()
+    slow = ("--assume", "pcie_gb=0.001", "--assume", "host_gb=0.01")
+    out, parts, least, most = read("engine.offload=all", *slow)
+    micros = number(r"samples in (\d+) micro-batch", out)
+    share = -(-number(r"parameters: ([\d,]+)", out) // 8)
+    moved = 4 * (micros + 1) + 4 * micros + 2 * 2 * micros
+    assert parts[3] == pytest.approx(moved * share / 1e6, rel=0.01)
+    assert parts[4] == pytest.approx(4 * 42 * share / 1e7, rel=0.01), "four ranks share the memory"
+    assert most == pytest.approx(sum(parts), rel=0.01)
+    assert least == pytest.approx(max(parts[0] + parts[1], parts[2], parts[3]) + parts[4], rel=0.01) and least > plain
+    hours = re.search(r" ([\d,.]+) to ([\d,.]+) GPU-hours", out)
+    for found, update in zip(hours.groups(), (least, most), strict=True):
+        assert float(found.replace(",", "")) == pytest.approx(update * 1e8 * 8 / 3600, rel=0.01)
+    assert "0.001 GB/s between a GPU and its host, 0.01 GB/s of a machine's memory" in out
+
+
+def test_each_model_sends_the_messages_of_its_own_batches_only(planned):
+    shared = ("engine.kind=deepspeed", "engine.tensor_parallel=2")
+    one, four = (
+        number(r", (\S+) s among ranks that share", planned(*shared, "--simulate", size).out) for size in ("1x2", "2x4")
+    )
+    assert one == pytest.approx(4 * four, rel=0.02)
+
+
+def test_a_short_run_has_its_hours_too(planned):
+    out = planned("--simulate", "1x1", "train.steps=1").out
+    assert " 0:00:00 to 0:00:00 for 1 updates (h:mm:ss), " in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--simulate", "4"), "`--simulate` must be NODESxGPUS"),
         (
             ("--simulate", "1x2", "--assume", "peak=3"),
-            "must be NAME=NUMBER of peak_tflops, reached, node_gb, network_gb",
+            "must be NAME=NUMBER of gpu, peak_tflops, reached, node_gb, network_gb, pcie_gb, host_gb",
         ),
         (("--simulate", "1x3", "engine.tensor_parallel=2"), "must divide the number of ranks (3), got 2"),
         (("--simulate", "1x4", "engine.tensor_parallel=4"), "`model.heads` must be a multiple of"),
@@ -214,7 +274,7 @@ def test_eleven_billion_parameters_are_planned_without_allocating_them(planned):
         }.items()
     ]
     engine = ("engine.kind=deepspeed", "engine.precision=bf16", "engine.zero_stage=2")
-    whole = planned(*shape, *engine, "--simulate", "1x8").out
+    whole = planned(*shape, *engine, "--simulate", "1x8", "--assume", "gpu=141").out
     assert number(r"parameters: ([\d,]+)", whole) > 11e9
     alone = planned(*shape, *engine, "--simulate", "4x8", "engine.tensor_parallel=8").out
     weights = [number(r"([\d.]+) GB  weights\n", out) for out in (whole, alone)]
