@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from harness import Row, medians, require
 from latency import ATTENTIONS, BASE, REPEATS, SHAPE
+from torch.nn import functional as F
 from twins import Twins
 from writing_checks import Agreed, agree, memory, texts
 
@@ -97,7 +98,7 @@ def check_soft(twins: Twins, source: SourceRows) -> Agreed:
         assert isinstance(layer, DecoderLayer)
         if number:
             best_BT = model.logits(x_BTD.flatten(0, 1)).argmax(dim=1).view(shape)
-            x_BTD = model.feedback(torch.cat([x_BTD, model.shared(best_BT)], dim=2))
+            x_BTD = F.linear(torch.cat([x_BTD, model.shared(best_BT)], dim=2), model.feedback.weight)
         x_BTD = reference.decoder_layer(layer, x_BTD, x_BTD, everything, memory_BSD, real_BS)
     best_BT = model.logits(x_BTD.flatten(0, 1)).argmax(dim=1).view(shape)
     return Agreed(made.passes, f"{agree(texts(made), best_BT.tolist(), 'soft exit and a plain loop')} as a plain loop")

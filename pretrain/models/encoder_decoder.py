@@ -18,7 +18,7 @@ from pretrain.config import ModelConfig
 from pretrain.models.exits import ExitRows
 from pretrain.models.ids import SpecialIds
 from pretrain.models.layers import DecoderLayer, EncoderLayer, positions_table
-from pretrain.models.linear import Linear, linear
+from pretrain.models.linear import PairLinear, linear
 from pretrain.models.rows import DecoderRows, SourceRows
 
 MAX_LOGITS = 1 << 25  # entries of a logits block: 128 MiB in float32
@@ -137,7 +137,7 @@ class EncoderDecoder(nn.Module):
         self.head = VocabHead(self.shared, config.logits_bias, self.backend)
         self.length_head = nn.Linear(config.d_model, config.length_classes, bias=False)
         if config.soft_exit:
-            self.feedback = Linear(2 * config.d_model, config.d_model, bias=False)
+            self.feedback = PairLinear(2 * config.d_model, config.d_model, bias=False)
         own = config.decoder_layers - 1 if config.off_ramps == "separate" else 0
         tables = [nn.Embedding(config.vocab_size, config.d_model) for _ in range(own)]
         self.ramps = nn.ModuleList(VocabHead(table, config.logits_bias, self.backend) for table in tables)

@@ -33,6 +33,14 @@ class Linear(nn.Linear):
         return linear(x_RI, self.weight, self.bias)
 
 
+class PairLinear(Linear):
+    """W [x ; y] for rows that need not lie side by side: half of the columns are for x, the others for y."""
+
+    def forward(self, x_RI: Tensor, y_RI: Tensor) -> Tensor:  # type: ignore[override]
+        for_x_OI, for_y_OI = self.weight.chunk(2, dim=1)
+        return linear(x_RI, for_x_OI, self.bias) + linear(y_RI, for_y_OI)
+
+
 def _by_onednn(x_RI: Tensor, weight_OI: Tensor) -> bool:
     return bool(
         x_RI.device.type == "cpu"

@@ -46,7 +46,7 @@ def decode_soft(
         token_R = likeliest(model.ramp(number + 1), states[-1])
         if target_R is not None and given_BR is not None:
             token_R = torch.where(given_BR[number], target_R, token_R)
-        x_RD = model.feedback(torch.cat([x_RD, embed_tokens(model, token_R)], dim=1))
+        x_RD = model.feedback(x_RD, embed_tokens(model, token_R))
     return states
 
 

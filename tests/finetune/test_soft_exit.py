@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from finetune.decoding.soft_exit import SoftExitDecoding, soft_exit
 from pretrain.errors import ConfigError
@@ -51,7 +52,7 @@ def plain(model: EncoderDecoder, source: np.ndarray, n: int, first: FirstRow) ->
         logits = model.ramp(number)(model.decoder.layer_norm(x))[0]
         if number < LAYERS:
             fed = model.shared(logits.argmax(dim=1)) * model.scale
-            x = model.feedback(torch.cat([x, fed[None]], dim=2))
+            x = F.linear(torch.cat([x, fed[None]], dim=2), model.feedback.weight)
     log_p = logits.log_softmax(dim=1)
     log_p[:, BANNED] = -torch.inf
     best = log_p.max(dim=1)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from pretrain.errors import ConfigError
 from pretrain.models import reference
@@ -52,7 +53,8 @@ def plain_losses(model, examples, soft, scale):
                 fed = logits.argmax(dim=1)
                 given = torch.from_numpy(example.given[number])
                 fed[: len(target)] = torch.where(given, target, fed[: len(target)])
-                x = model.feedback(torch.cat([x, (model.shared(fed) * model.scale)[None]], dim=2))
+                fed_D = (model.shared(fed) * model.scale)[None]
+                x = F.linear(torch.cat([x, fed_D], dim=2), model.feedback.weight)
         length = reference.length_logits(model, memory, real)
         sums["length"] = sums["length"] + torch.nn.functional.cross_entropy(length, torch.tensor([len(target) + 1]))
     for name, value in sums.items():
@@ -144,5 +146,5 @@ def test_nothing_is_given_where_a_model_is_judged():
     for mode in ("train", "eval"):
         getattr(model, mode)()
         for name, batch in (("given", soft.collate(examples)), ("nothing", soft.collate(nothing))):
-            told[mode, name] = float(soft.losses(model, batch, unit_scale(soft, batch))[0])
+            told[mode, name] = float(soft.losses(model, batch, unit_scale(soft, batch))[0].detach())
     assert told["eval", "given"] == told["eval", "nothing"] and told["train", "given"] != told["train", "nothing"]
