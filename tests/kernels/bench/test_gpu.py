@@ -55,6 +55,10 @@ def test_every_suite_runs_at_small_sizes(gpu: ModuleType, tmp_path: Path, capsys
     assert targets["7 torch chain / vocab_loss"] == (3.0, "min")
     assert targets["9 transformers generate, greedy / our NAR pass"] == (50.0, "min")
     assert targets["9 own AR under CUDA graphs / our NAR pass"] == (12.0, "min")
+    told_of = (BENCH / "results" / "README.md").read_text(encoding="utf-8")
+    for name, (target, sense) in targets.items():
+        if target is not None:  # what is judged and was never measured is named
+            assert f"| {name} | {'at least' if sense == 'min' else 'at most'} {target:g} |" in told_of, name
     assert suites["attn"]["settings"]["command"].startswith("python kernels/bench/gpu.py --device cpu --small")
     assert all(f"not measured: {line}" in told.out for line in skipped)
     assert sorted(path.name for path in folder.iterdir()) == ["janus_step.json.gz", "janus_step.txt"]
