@@ -39,11 +39,11 @@ def verify(path: Path, step_in_name: bool = True, unsealed: Collection[str] = ()
             return [f"{MANIFEST} is damaged"]
         if step_in_name and (step := number(path.name)) is not None and step != manifest["step"]:
             return [f"{MANIFEST} is of step {manifest['step']!r:.80}"]
-    except FileNotFoundError:
+        present = sorted(one.name for one in path.iterdir())
+    except FileNotFoundError:  # of a directory, too, that is deleted meanwhile
         return [f"{MANIFEST} is missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST} cannot be read: {type(error).__name__}"]
-    present = sorted(one.name for one in path.iterdir())
     known = {*files, *unsealed, MANIFEST}
     problems = [f"{_shown(name)} is not in the manifest" for name in present if name not in known]
     return [*problems, *(problem for name in files if (problem := _problem(path / name, files[name])))]

@@ -24,6 +24,7 @@ from pretrain.checkpoints.commit import Store
 from pretrain.checkpoints.seal import verify
 from tests.pretrain.runs import ROOT, environment
 
+started: "list[Forked]" = []  # by the test that runs; tests/e2e/conftest.py ends what it leaves
 RANKS = 2
 PATIENCE = 120.0  # seconds after which something is stuck, on a busy machine too
 PRELOAD = ["torch", "deepspeed", "torch.utils.tensorboard", "pretrain.__main__", "pretrain.train", "tests.e2e.lives"]
@@ -57,6 +58,7 @@ class Forked:
             process = context.Process(target=_live, args=(rank, ranks, port, pipe, program, words, before))
             process.start()
             self.ranks.append(process)
+        started.append(self)
         if inherited is None:
             del os.environ["PYTHONPATH"]
         else:
