@@ -6,7 +6,6 @@ A command is one function that adds its arguments and names what to run; heavy i
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pretrain import command_line
 from pretrain.command_line import Commands
@@ -83,12 +82,11 @@ def _run_slurm(given: argparse.Namespace) -> None:
     from finetune import train
     from finetune.config import TuneConfig, with_presets
     from pretrain import config
-    from pretrain.bundles.bundle import check_is_bundle, read_description
+    from pretrain.bundles.bundle import read_description
     from pretrain.launch.slurm import Checked, write_job
 
     def load(overrides: Sequence[str]) -> Checked:
         settings = train.complete_options(config.load(TuneConfig, given.config, with_presets(overrides)))
-        check_is_bundle(Path(settings.bundle))
         read_description(settings.bundle)
         return Checked(settings.name, settings.run_dir, config.dump(settings), settings.workers)
 

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 
 from pretrain import command_line
 from pretrain.command_line import Commands
@@ -123,12 +124,13 @@ def _run_slurm(given: argparse.Namespace) -> None:
     from pretrain.launch.slurm import Checked, write_job
     from pretrain.parsing import read_json
 
+    opened = cache(ShardDataset)  # elements of a job array share their data
     world = World(0, given.nodes * max(1, given.gpus_per_node), 0, torch.device("cpu"))
 
     def load(overrides: Sequence[str]) -> Checked:
         settings = train.complete_options(config.load(config.RunConfig, given.config, overrides))
         world.divided(settings.engine.tensor_parallel)
-        complete_config(settings, ShardDataset(settings.data.path, settings.data.on_bad_shard))
+        complete_config(settings, opened(settings.data.path, settings.data.on_bad_shard))
         return Checked(settings.name, settings.run_dir, config.dump(settings), settings.data.workers)
 
     user = read_json(given.deepspeed_config) if given.deepspeed_config else None

@@ -77,8 +77,7 @@ def build_module(settings: RunConfig, dataset: ShardDataset) -> ObjectiveModule:
     tokenizer = dataset.tokenizer
     ids = tokenizer.ids
     objective = objectives.build(settings.objective, ids, tokenizer.word_starts, settings.model)
-    inherits = settings.init_from is not None and not has_checkpoint(settings)
-    bundle = load_bundle(str(settings.init_from), backend=settings.engine.backend) if inherits else None
+    bundle = load_bundle(str(settings.init_from), backend=settings.engine.backend) if inherits(settings) else None
     rng.seed(settings.seed)
     try:
         model = EncoderDecoder(settings.model, ids, settings.engine.activation_checkpointing, settings.engine.backend)
@@ -119,7 +118,7 @@ def readable(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
 
 def _inherited(settings: RunConfig, init_from: str, dataset: ShardDataset) -> ModelConfig:
     """The model of the bundle, or of the run itself once it has a checkpoint, with the dropouts that are given."""
-    before = runs.read_config(settings.run_dir, RunConfig) if has_checkpoint(settings) else None
+    before = runs.read_config(settings.run_dir, RunConfig) if _has_checkpoint(settings) else None
     if before is not None:
         shape = before.model
     else:
@@ -141,7 +140,12 @@ def _inherited(settings: RunConfig, init_from: str, dataset: ShardDataset) -> Mo
     return shape.model_copy(update={name: value for name, value in given.items() if name in DROPOUTS})
 
 
-def has_checkpoint(settings: RunConfig) -> bool:
+def inherits(settings: RunConfig) -> bool:
+    """Whether a bundle will give this run its weights."""
+    return settings.init_from is not None and not _has_checkpoint(settings)
+
+
+def _has_checkpoint(settings: RunConfig) -> bool:
     """Whether a checkpoint will give this run its weights."""
     return bool(Store(settings.run_dir).commits())
 

@@ -27,7 +27,7 @@ FLIGHT_RECORDER = {
     "TORCH_FR_BUFFER_SIZE" if torch.__version__ >= "2.13" else "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }
-POLL = 0.2  # seconds
+POLL = 0.2  # seconds that a rank waits for its own thread before it tells the others: no collective is held for long
 ErrorT = TypeVar("ErrorT", bound=ParlanceError)
 MadeT = TypeVar("MadeT")
 
@@ -213,9 +213,15 @@ def _asked_for(action: Callable[[], MadeT]) -> Callable[[], MadeT]:
     thread = threading.Thread(target=run, name="long", daemon=True)
     thread.start()
     thread.join(POLL)
-    while any_rank(thread.is_alive()):
-        thread.join(POLL)
+    await_all(thread)
     return done.result
+
+
+def await_all(thread: threading.Thread, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Waits for a thread of every rank. meanwhile: called as long as there is one."""
+    while any_rank(thread.is_alive()):
+        meanwhile()
+        thread.join(POLL)
 
 
 def check_same(what: str, values: Mapping[str, Any], kind: type[ParlanceError]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.decoding.beam import Ended, first_open
 from finetune.decoding.common import Generated, check_length
-from finetune.decoding.graphs import Graphed, PaddedSources, Shapes
+from finetune.decoding.graphs import Graphed, PaddedSources, Shapes, filled
 from finetune.decoding.left_to_right import ArDecoding, score_dtype
 from pretrain.models import EncoderDecoder, SourceRows, static
 from pretrain.models.encoder_decoder import writing
@@ -44,8 +44,7 @@ class StaticBeamSearch:
         if not source.n_samples:
             return Generated([], [], 0, n_best=self.options.n_best)
         with writing(self.model):
-            search = self.searches(*PaddedSources.shape(source))
-            search.sources.fill(source)
+            search = filled(self.searches, source)
             return search.write(source.n_samples)
 
     def _size(self, sources: int, width: int) -> int:

@@ -12,7 +12,7 @@ Shapes: B sources, S tokens of the longest.
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,6 +105,22 @@ class Graphed:
         with torch.cuda.graph(graph, pool=Graphed.pool, capture_error_mode="thread_local"):
             self.run()
         self.graph = graph
+
+
+class Made(Protocol):
+    """What is made for a shape of sources."""
+
+    sources: "PaddedSources"
+
+
+MadeT = TypeVar("MadeT", bound=Made)
+
+
+def filled(shapes: Shapes[MadeT], source: SourceRows) -> MadeT:
+    """What is there for the shape of these sources, with them in its buffers."""
+    made = shapes(*PaddedSources.shape(source))
+    made.sources.fill(source)
+    return made
 
 
 class PaddedSources:

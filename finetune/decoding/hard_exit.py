@@ -6,11 +6,13 @@ gives the decoder the length of the reference.
 Shapes: B sources, N rows of a text, R rows of all.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
+from torch import Tensor
 
 from finetune.decoding.common import USUAL_LENGTH, Exits, Generated, check_length, until_eos
 from finetune.decoding.length import candidate_lengths
@@ -18,9 +20,10 @@ from pretrain.config import ModelConfig, Section
 from pretrain.cost.flops import decoder_flops
 from pretrain.errors import ConfigError
 from pretrain.models import EncoderDecoder, SourceRows
-from pretrain.models.early_exit import ExitRule, Left, ParallelRows, write_early
+from pretrain.models.early_exit import ExitRule, ParallelRows, write_early
 from pretrain.models.encoder_decoder import writing
 from pretrain.models.patterns import FirstRow
+from pretrain.models.rows import LayerWork
 
 USUAL_THRESHOLD = 0.5
 
@@ -57,30 +60,42 @@ def hard_exit(model: EncoderDecoder, source: SourceRows, first_row: FirstRow, op
     Raises:
         ConfigError: if `max_length` exceeds the model's positions, or a test layer the decoder.
     """
-    longest = options.max_length or USUAL_LENGTH
-    threshold = USUAL_THRESHOLD if options.threshold is None else options.threshold
-    check_length(model, longest)
-    check_layers(model.config, options.test_layers)
-    layers = None if options.test_layers is None else tuple(options.test_layers)
+    longest, rule = settled(model, options)
     ids = model.ids
     if not source.n_samples:
         return Generated([], [], 0)
     with writing(model):
         memory_MD = model.encode(source)
-        lengths = [longest - 1] * source.n_samples
-        if options.rows == "predicted":
-            most = min(longest, model.config.length_classes - 1)
-            best_B1 = candidate_lengths(model.length_logits(memory_MD, source), 1, "contiguous", most)
-            lengths = (best_B1[:, 0] - 1).tolist()  # BOS has no row
+        lengths = row_counts(options, longest, source.n_samples, lambda: model.length_logits(memory_MD, source))
         rows = ParallelRows.pack(model, lengths, source, first_row)
-        left = write_early(model, rows, memory_MD, ExitRule(threshold, layers), ids.never_written)
+        left = write_early(model, rows, memory_MD, rule, ids.never_written)
     made = until_eos(left.token_R.cpu().split(lengths), left.log_p_R.cpu().split(lengths), ids.eos, passes=1)
     exits = np.split(left.exit_R, np.cumsum(lengths)[:-1])
     written = [exit_N[: len(tokens) + 1] for exit_N, tokens in zip(exits, made.tokens, strict=True)]
-    return replace(made, exits=_exits(model.config, np.concatenate(written), left))
+    return replace(made, exits=exits_of(model.config, np.concatenate(written), left.work, left.scored))
 
 
-def _exits(config: ModelConfig, exits: np.ndarray, left: Left) -> Exits:
+def settled(model: EncoderDecoder, options: HardExitDecoding) -> tuple[int, ExitRule]:
+    """The longest text in tokens, and who leaves early; raises ConfigError as `hard_exit`."""
+    longest = options.max_length or USUAL_LENGTH
+    check_length(model, longest)
+    check_layers(model.config, options.test_layers)
+    layers = None if options.test_layers is None else tuple(options.test_layers)
+    return longest, ExitRule(USUAL_THRESHOLD if options.threshold is None else options.threshold, layers)
+
+
+def row_counts(options: HardExitDecoding, longest: int, sources: int, logits: Callable[[], Tensor]) -> list[int]:
+    """How many rows the text of each source has. logits: [B, N] of the length predictor, where it is asked."""
+    if options.rows == "fixed":
+        return [longest - 1] * sources
+    logits_BN = logits()
+    best_B1 = candidate_lengths(logits_BN, 1, "contiguous", min(longest, logits_BN.shape[1] - 1))
+    counts: list[int] = (best_B1[:, 0] - 1).tolist()  # BOS has no row
+    return counts
+
+
+def exits_of(config: ModelConfig, exits: np.ndarray, work: Sequence[LayerWork], scored: int) -> Exits:
+    """exits: the layer of each written token. work, scored: as in `Left`."""
     counts = np.bincount(exits, minlength=config.decoder_layers + 1)[1:]
-    flops = decoder_flops(config, left.work, left.scored)
+    flops = decoder_flops(config, work, scored)
     return Exits(tuple(counts.tolist()), flops.forward, flops.heads)

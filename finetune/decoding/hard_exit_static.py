@@ -14,11 +14,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from finetune.decoding.common import USUAL_LENGTH, Exits, Generated, check_length, until_eos
-from finetune.decoding.graphs import Graphed, PaddedSources, Shapes
-from finetune.decoding.hard_exit import USUAL_THRESHOLD, HardExitDecoding, check_layers
-from finetune.decoding.length import candidate_lengths
-from pretrain.cost.flops import decoder_flops
+from finetune.decoding.common import Generated, until_eos
+from finetune.decoding.graphs import Graphed, PaddedSources, Shapes, filled
+from finetune.decoding.hard_exit import HardExitDecoding, exits_of, row_counts, settled
 from pretrain.models import EncoderDecoder, SourceRows, static
 from pretrain.models.early_exit import ExitRule, ParallelRows, off_ramp, whole_layer
 from pretrain.models.encoder_decoder import writing
@@ -29,13 +27,8 @@ class StaticHardExit:
     """`hard_exit` of one model with these options; keeps graphs of each shape it meets."""
 
     def __init__(self, model: EncoderDecoder, first_row: FirstRow, options: HardExitDecoding) -> None:
-        longest = options.max_length or USUAL_LENGTH
-        check_length(model, longest)
-        check_layers(model.config, options.test_layers)
-        layers = None if options.test_layers is None else tuple(options.test_layers)
-        rule = ExitRule(USUAL_THRESHOLD if options.threshold is None else options.threshold, layers)
-        self.model, self.first_row, self.predicted = model, first_row, options.rows == "predicted"
-        self.longest, self.most = longest, min(longest, model.config.length_classes - 1)
+        longest, rule = settled(model, options)
+        self.model, self.first_row, self.options, self.longest = model, first_row, options, longest
         inputs = mask_rows(longest - 1, model.ids, first_row).tolist()
         self.shapes = Shapes(partial(_Pass, model, inputs, rule), partial(PaddedSources.size, model))
 
@@ -43,24 +36,19 @@ class StaticHardExit:
         """As `hard_exit`; operations are counted as they were done, those of rows that had left too."""
         if not source.n_samples:
             return Generated([], [], 0)
+        count = source.n_samples
         with writing(self.model):
-            made = self.shapes(*PaddedSources.shape(source))
-            made.sources.fill(source)
+            made = filled(self.shapes, source)
             made.read()
-            lengths = [self.longest - 1] * source.n_samples
-            if self.predicted:
-                best_B1 = candidate_lengths(made.lengths_BN[: source.n_samples], 1, "contiguous", self.most)
-                lengths = (best_B1[:, 0] - 1).tolist()  # BOS has no row
+            lengths = row_counts(self.options, self.longest, count, lambda: made.lengths_BN[:count])
             layers, asked = made.write(lengths)
         written = [x_BT.cpu() for x_BT in (made.token_BT, made.score_BT, made.exit_BT)]
         token_BT, score_BT, exit_BT = ([x_T[:n] for x_T, n in zip(x_BT, lengths, strict=False)] for x_BT in written)
         texts = until_eos(token_BT, score_BT, self.model.ids.eos, passes=1)
-        counts = np.zeros(self.model.config.decoder_layers + 1, dtype=np.int64)
-        for exit_T, tokens in zip(exit_BT, texts.tokens, strict=True):
-            counts += np.bincount(exit_T[: len(tokens) + 1], minlength=len(counts))
-        rows = ParallelRows.pack(self.model, lengths, source, self.first_row)
-        flops = decoder_flops(self.model.config, [whole_layer(rows)] * layers, asked * sum(lengths))
-        return replace(texts, exits=Exits(tuple(counts[1:].tolist()), flops.forward, flops.heads))
+        exits = [exit_T[: len(tokens) + 1].numpy() for exit_T, tokens in zip(exit_BT, texts.tokens, strict=True)]
+        work = [whole_layer(ParallelRows.pack(self.model, lengths, source, self.first_row))] * layers
+        exits_of_all = exits_of(self.model.config, np.concatenate(exits), work, asked * sum(lengths))
+        return replace(texts, exits=exits_of_all)
 
 
 class _Pass:

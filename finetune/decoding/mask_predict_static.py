@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.decoding.common import Generated, check_length, most_likely
-from finetune.decoding.graphs import FEWEST_TOKENS, Graphed, PaddedSources, Shapes, bucket
+from finetune.decoding.graphs import FEWEST_TOKENS, Graphed, PaddedSources, Shapes, bucket, filled
 from finetune.decoding.length import EMPTY, candidate_lengths
 from finetune.decoding.mask_predict import MaskPredictOptions, hidden_count
 from pretrain.models import EncoderDecoder, SourceRows, static
@@ -37,8 +37,7 @@ class StaticMaskPredict:
             return Generated([], [], 0)
         options = self.options
         with writing(self.model):
-            reading = self.reading(*PaddedSources.shape(source))
-            reading.sources.fill(source)
+            reading = filled(self.reading, source)
             reading.read()
             logits_BN = reading.lengths_BN[: source.n_samples]
             length_BK = candidate_lengths(logits_BN, options.length_beam, options.length_choice, self.longest)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.decoding.common import USUAL_LENGTH, Generated, check_length, most_likely, until_eos
-from finetune.decoding.graphs import Graphed, PaddedSources, Shapes
+from finetune.decoding.graphs import Graphed, PaddedSources, Shapes, filled
 from finetune.decoding.soft_exit import SoftExitDecoding
 from pretrain.models import EncoderDecoder, SourceRows, static
 from pretrain.models.encoder_decoder import writing
@@ -38,8 +38,7 @@ class StaticSoftExit:
         if not source.n_samples:
             return Generated([], [], 0)
         with writing(self.model):
-            made = self.shapes(*PaddedSources.shape(source))
-            made.sources.fill(source)
+            made = filled(self.shapes, source)
             made.write()
         token_BT, score_BT = made.token_BT[: source.n_samples].cpu(), made.score_BT[: source.n_samples].cpu()
         return until_eos(list(token_BT), list(score_BT), self.model.ids.eos, passes=1)

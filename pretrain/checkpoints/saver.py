@@ -38,7 +38,6 @@ from pretrain.errors import ParlanceError
 from pretrain.watchdog import sign_of_life
 
 SLOW_DISK = 600.0  # seconds that training waits for writers that seem to do nothing
-POLL = 0.2  # seconds that a rank waits for its writer before it tells the others: no collective is ever held for long
 Spare = Callable[[Store], Collection[str]]
 
 
@@ -161,10 +160,12 @@ class Saver:
             self._begin_to_write(save)
         assert save.writer is not None
         began = time.monotonic()
-        while distributed.any_rank(save.writer.is_alive()):
+
+        def waits_on_purpose() -> None:  # who waits for a file system that is a program looks idle
             if time.monotonic() - began < SLOW_DISK:
-                sign_of_life()  # who waits for a file system that is a program looks idle
-            save.writer.join(POLL)
+                sign_of_life()
+
+        distributed.await_all(save.writer, waits_on_purpose)
         error, save.error = save.error, None
         if error is not None:
             save.writer = None

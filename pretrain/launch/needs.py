@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pretrain import config
-from pretrain.assemble import build_module, build_stream, complete_config, has_checkpoint
+from pretrain.assemble import build_module, build_stream, complete_config, inherits
 from pretrain.config import RunConfig
 from pretrain.cost.memory import Memory, checkpoint_bytes, rank_memory
 from pretrain.data.dataset import ShardDataset
@@ -44,7 +44,7 @@ def needs(config_path: str | Path, overrides: Sequence[str], hosts: Sequence[Hos
     """Raises whatever `train` would refuse, as a ParlanceError."""
     settings = complete_options(config.load(RunConfig, config_path, overrides))
     dataset = ShardDataset(settings.data.path, settings.data.on_bad_shard)
-    inherits = settings.init_from is not None and not has_checkpoint(settings)
+    inherited = inherits(settings)
     completed = complete_config(settings, dataset).model_copy(update={"init_from": None})
     ranks = max(1, sum(host.slots for host in hosts))
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def needs(config_path: str | Path, overrides: Sequence[str], hosts: Sequence[Hos
         settings=settings,
         files=_files(config_path, settings),
         memory={
-            device: rank_memory(module, completed.model, completed.engine, ranks, device, 0, inherits)
+            device: rank_memory(module, completed.model, completed.engine, ranks, device, 0, inherited)
             for device in ("cpu", "cuda")
         },
         disk=(completed.train.keep + 1) * checkpoint_bytes(module, ranks),

@@ -42,7 +42,7 @@ class Figures:
     """
 
     settings: RunConfig
-    inherits: bool
+    inherited: bool
     sources: Sequence[str]
     stream: SampleStream
     module: ObjectiveModule
@@ -74,13 +74,13 @@ class Figures:
         # One sample more or less decides which rank has the most.
         largest = min(batch.micro_max_tokens, self.step.tokens // copies + self.stream.corpus.longest)
         kept = int(self.kept * largest)
-        return rank_memory(self.module, self.settings.model, engine, ranks, device, kept, self.inherits)
+        return rank_memory(self.module, self.settings.model, engine, ranks, device, kept, self.inherited)
 
 
-def compute(settings: RunConfig, dataset: ShardDataset, world: World, inherits: bool, gpu: int | None) -> Figures:
+def compute(settings: RunConfig, dataset: ShardDataset, world: World, inherited: bool, gpu: int | None) -> Figures:
     """The figures of a run of `world`.
 
-    inherits: the weights will be those of a bundle. gpu: bytes of each GPU of a cluster; None: it is this machine.
+    inherited: the weights will be those of a bundle. gpu: bytes of each GPU of a cluster; None: it is this machine.
     """
     device = world.device.type if gpu is None else "cuda"
     with torch.device("meta"):
@@ -95,7 +95,7 @@ def compute(settings: RunConfig, dataset: ShardDataset, world: World, inherits: 
     how = engine.precision, device, engine.activation_checkpointing, engine.tensor_parallel
     figures = Figures(
         settings=settings,
-        inherits=inherits,
+        inherited=inherited,
         sources=[source.name for source in dataset.manifest.sources],
         stream=stream,
         module=module,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pretrain import config, distributed
-from pretrain.assemble import complete_config, has_checkpoint
+from pretrain.assemble import complete_config, inherits
 from pretrain.config import RunConfig
 from pretrain.cost.flops import parameters_by_part
 from pretrain.data.dataset import ShardDataset
@@ -54,13 +54,13 @@ def plan(
         settings = complete_options(config.load(RunConfig, config_path, overrides))
         dataset = ShardDataset(settings.data.path, settings.data.on_bad_shard)
         # The table needs no weights; the bundle has given the shape of the model.
-        inherits = settings.init_from is not None and not has_checkpoint(settings)
+        inherited = inherits(settings)
         settings = complete_config(settings, dataset).model_copy(update={"init_from": None})
         nodes, gpus = cluster(simulate) if simulate else (1, ranks)
         assumed = Assumptions.given(assume)
         asked = World(0, nodes * gpus, 0, world.device).divided(settings.engine.tensor_parallel)
         check_cut(settings.model, asked.tensor_parallel)
-        figures = compute(settings, dataset, asked, inherits, round(assumed.gpu * 1e9) if simulate else None)
+        figures = compute(settings, dataset, asked, inherited, round(assumed.gpu * 1e9) if simulate else None)
         print(f"plan of {config_path} for {settings.run_dir}; nothing is started")
         for title, lines in _table(figures, world.device, gpus if simulate else None):
             print(f"\n{title}", *lines, sep="\n  ")

@@ -56,9 +56,7 @@ def every_trial() -> list[Trial]:
     for turn, number in enumerate((TERM, INT, USR1, TERM)):
         for index, phase in enumerate(PLACES):
             who = (BOTH, SECOND, FIRST)[(index + turn) % 3]
-            who = {"rendezvous": BOTH, "another waits for data": SECOND, "the commit": FIRST, "deletion": FIRST}.get(
-                phase, who
-            )
+            who = ALWAYS.get(phase, who)
             trials.append((phase, number, who, 1 + (index + turn) % 2))
     return trials
 
